@@ -1,0 +1,1 @@
+"""Clips to records to batches."""

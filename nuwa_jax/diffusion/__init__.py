@@ -1,0 +1,1 @@
+"""The mathematics of noise: pure functions on arrays and a `denoise` callable."""

@@ -1,0 +1,25 @@
+"""Errors that a user can mend, and how the command-line programs show them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was expected, what came and what to do, in one line."""
+
+
+def run_main(main: Callable[[Sequence[str]], object]) -> None:
+    """Runs `main` under absl; a `UserError` becomes one line on stderr and exit code 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded)

@@ -1,0 +1,1 @@
+"""Metrics, the evaluation protocol and its reports."""

@@ -1,0 +1,1 @@
+"""From a checkpoint, a picture and drags to a video."""

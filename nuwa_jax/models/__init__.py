@@ -1,0 +1,1 @@
+"""Flax Linen modules; `apply(params, ...)` is the whole interface."""

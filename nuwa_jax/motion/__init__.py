@@ -1,0 +1,1 @@
+"""What moves, as data: drags, tracks, flow maps. Knows nothing of models."""

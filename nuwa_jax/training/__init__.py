@@ -1,0 +1,1 @@
+"""The curriculum, the train step and the loop."""
