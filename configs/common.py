@@ -1,0 +1,97 @@
+"""What every config shares: the defaults that a preset then changes."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+BASE = (r"^(autoencoder|latents)/.*", "freeze")
+NOT_DRAG = r"^(text/|unet/(?!.*(flow_|drag_)))"
+FLOW = r"^(flow_encoder/|unet/.*flow_)"
+DRAG = r"^(drag/|unet/.*drag_)"
+
+
+def stages() -> ConfigDict:
+    """The four stages; each rule is (regex over the parameter's path, "train" or "freeze")."""
+    c = ConfigDict()
+    c.autoencoder = stage(
+        rules=((r"^autoencoder/", "train"), (r"^(latents|text|unet|flow_encoder|drag)/", "freeze")),
+        condition="none",
+        drop=(0.0, 0.0, 0.0),
+    )
+    c.text_to_video = stage(
+        rules=(BASE, (NOT_DRAG, "train"), (FLOW, "freeze"), (DRAG, "freeze")),
+        condition="none",
+        drop=(0.1, 0.1, 0.0),
+    )
+    c.flow = stage(
+        rules=(BASE, (NOT_DRAG, "freeze"), (FLOW, "train"), (DRAG, "freeze")),
+        condition="flow",
+        drop=(0.1, 0.1, 0.1),
+    )
+    c.drag = stage(
+        rules=(BASE, (NOT_DRAG, "train"), (FLOW, "train"), (DRAG, "train")),
+        condition="drag",
+        drop=(0.1, 0.1, 0.1),
+    )
+    return c
+
+
+def stage(*, rules: tuple, condition: str, drop: tuple[float, float, float]) -> ConfigDict:
+    """One row of the curriculum; a preset sets its steps, batch size and learning rate."""
+    c = ConfigDict()
+    c.rules = rules
+    c.condition = condition
+    c.drop = ConfigDict(dict(zip(("text", "image", "drag"), drop, strict=True)))
+    c.steps = 1000
+    c.batch_size = 8
+    c.learning_rate = 1e-4
+    c.warmup_steps = 50
+    c.time_budget_minutes = 0.0
+    return c
+
+
+def base() -> ConfigDict:
+    """A complete config; sizes are those of the smallest useful model."""
+    c = ConfigDict()
+    c.preset = "nuwa"
+    c.seed = 0
+
+    c.data = ConfigDict()
+    c.data.height = c.data.width = 64
+    c.data.frames = 8
+    c.data.fps = 8.0
+    c.data.max_drags = 8
+    c.data.text_length = 64
+    c.data.scenes_weight = 1.0
+    c.data.clips = ""
+    c.data.clips_weight = 0.0
+    c.data.threads = 2
+    c.data.prefetch = 4
+    c.data.scenes = ConfigDict()
+    c.data.sampler = ConfigDict()
+    c.data.perturb = ConfigDict()
+
+    c.model = ConfigDict()
+    c.model.dtype = "float32"
+    c.model.vector = ("fps",)
+    c.model.image_concat = True
+    c.model.image_mask = True
+
+    c.curriculum = ("autoencoder", "text_to_video", "flow", "drag")
+    c.stages = stages()
+    c.diffusion = ConfigDict(dict(p_mean=0.7, p_std=1.6, sigma_min=0.002, sigma_max=700.0))
+    c.raster = ConfigDict(dict(sigma=20.0, kernel_size=199))
+    c.sampling = ConfigDict(dict(steps=25, method="euler"))
+    c.sampling.guidance = ConfigDict(dict(text=1.0, image=1.0, drag=1.0))
+
+    c.train = ConfigDict()
+    c.train.log_every = 20
+    c.train.checkpoint_every = 500
+    c.train.keep = 2
+    c.train.sample_every = 1000
+    c.train.ema_decay = 0.999
+    c.train.clip_norm = 1.0
+    c.train.weight_decay = 0.01
+    c.train.accumulate = 1
+    c.train.max_skipped = 10
+    return c

@@ -1,0 +1,227 @@
+"""Layers shared by the networks. Activations are `[b t h w c]`; spatial layers merge `b t` into `n`.
+
+Numerical choices (eps, padding, the order of the sinusoid's halves) are those of the released SVD
+and DragNUWA 1.5 networks, which load into these modules unchanged.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+ZERO_INIT = nn.initializers.zeros_init()
+LECUN = nn.initializers.lecun_normal()
+
+
+def middle_tap_identity(key: Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
+    """Initialises a temporal kernel so that every frame passes unchanged."""
+    del key
+    taps, inputs, outputs = shape
+    return jnp.zeros(shape, dtype).at[taps // 2].set(jnp.eye(inputs, outputs, dtype=dtype))
+
+
+def group_count(channels: int, groups: int = 32) -> int:
+    """The largest number of groups, at most `groups`, that divides `channels`."""
+    return next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
+
+
+def group_norm(channels: int, eps: float, *, groups: int = 32, name: str, dtype: jnp.dtype) -> nn.Module:
+    """GroupNorm with affine; statistics over every axis but the first, in float32, in two passes."""
+    return nn.GroupNorm(
+        num_groups=group_count(channels, groups),
+        epsilon=eps,
+        use_fast_variance=False,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def layer_norm(name: str, dtype: jnp.dtype) -> nn.Module:
+    """LayerNorm with the eps of the reference (1e-5; Flax's own default is 1e-6)."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def conv2d(
+    features: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    zero: bool = False,
+    name: str,
+    dtype: jnp.dtype,
+) -> nn.Module:
+    """Square 2-D convolution over `[n h w c]`, padded symmetrically (stride 2 included: not SAME)."""
+    pad = kernel // 2
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        kernel_init=ZERO_INIT if zero else LECUN,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class TemporalConv(nn.Module):
+    """3-tap convolution over time at every pixel.
+
+    Written as a 1-D convolution over `[b·h·w, t, c]`, which XLA runs about twice as fast on CPU as
+    a (3, 1) 2-D one. `edge=True` repeats the first and last frame (flow encoder), otherwise the
+    video is padded with zeros (res blocks, decoder).
+    """
+
+    features: int
+    edge: bool = False
+    kernel_init: nn.initializers.Initializer = LECUN
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c2"]:
+        b, _, h, w, _ = x.shape
+        x = rearrange(x, "b t h w c -> (b h w) t c")
+        if self.edge:
+            x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode="edge")
+        x = nn.Conv(
+            self.features,
+            (3,),
+            padding=((0, 0),) if self.edge else ((1, 1),),
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return rearrange(x, "(b h w) t c -> b t h w c", b=b, h=h, w=w)
+
+
+def sinusoids(values: Float[Array, "..."], channels: int) -> Float[Array, "... c"]:
+    """`[cos(v f_k), sin(v f_k)]`, f_k = 10000^(-k / (c/2)): the cosine half comes first (SVD)."""
+    half = channels // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.asarray(values, jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def fourier_features(
+    coordinates: Float[Array, "... 2"], num_frequencies: int
+) -> Float[Array, "... 2*2*f"]:
+    """`sin, cos(π 2^j u)` for j = 0..f-1 of coordinates in units of the picture (NeRF, eq. 4)."""
+    frequencies = jnp.pi * 2.0 ** jnp.arange(num_frequencies, dtype=jnp.float32)
+    angles = coordinates[..., None] * frequencies
+    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return rearrange(features, "... p f -> ... (p f)")
+
+
+def dot_product_attention(
+    query: Float[Array, "b lq heads d"],
+    key: Float[Array, "b lk heads d"],
+    value: Float[Array, "b lk heads d"],
+    *,
+    bias: Float[Array, "b heads lq lk"] | None = None,
+    mask: Bool[Array, "b heads lq lk"] | None = None,
+) -> Float[Array, "b lq heads d"]:
+    """Softmax attention scaled by 1/sqrt(d); the one place where attention is computed."""
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; q, k, v without bias, output with bias (SVD `CrossAttention`)."""
+
+    heads: int
+    zero: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b lq c"],
+        context: Float[Array, "b lk c2"] | None = None,
+        mask: Bool[Array, "b lk"] | None = None,
+    ) -> Float[Array, "b lq c"]:
+        channels = x.shape[-1]
+        context = x if context is None else context
+
+        def project(inputs: Array, name: str) -> Array:
+            out = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+            return rearrange(out, "b l (n d) -> b l n d", n=self.heads)
+
+        out = dot_product_attention(
+            project(x, "to_q"),
+            project(context, "to_k"),
+            project(context, "to_v"),
+            mask=None if mask is None else mask[:, None, None, :],
+        )
+        out = rearrange(out, "b l n d -> b l (n d)")
+        init = ZERO_INIT if self.zero else LECUN
+        return nn.Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
+
+
+class FeedForward(nn.Module):
+    """GEGLU: Linear to `[value | gate]`, `value * gelu(gate)` with the exact GELU, Linear back."""
+
+    multiplier: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        channels = x.shape[-1]
+        hidden = nn.Dense(2 * self.multiplier * channels, dtype=self.dtype, name="proj")(x)
+        value, gate = jnp.split(hidden, 2, axis=-1)
+        hidden = value * jax.nn.gelu(gate, approximate=False)
+        return nn.Dense(channels, dtype=self.dtype, name="out")(hidden)
+
+
+class AlphaBlender(nn.Module):
+    """`a * first + (1 - a) * second` with a learned scalar a = σ(mix_factor).
+
+    The U-Net passes (spatial, temporal), the decoder (temporal, spatial): that is how the released
+    weights were trained. Frames marked in `image_only` take `first` alone (U-Net only).
+    """
+
+    init: float = 0.5
+
+    @nn.compact
+    def __call__(
+        self,
+        first: Float[Array, "b t ..."],
+        second: Float[Array, "b t ..."],
+        image_only: Bool[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t ..."]:
+        mix_factor = self.param("mix_factor", nn.initializers.constant(self.init), (1,))
+        alpha = jax.nn.sigmoid(mix_factor[0]).astype(first.dtype)
+        if image_only is not None:
+            alpha = jnp.where(image_only, jnp.ones((), first.dtype), alpha)
+            alpha = alpha.reshape(alpha.shape + (1,) * (first.ndim - 2))
+        return alpha * first + (1 - alpha) * second
+
+
+class Mlp(nn.Module):
+    """Linear, SiLU, Linear: the embedding networks of timestep, vector and frame index."""
+
+    hidden: int
+    out: int
+    zero: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... out"]:
+        x = nn.silu(nn.Dense(self.hidden, dtype=self.dtype, name="linear_1")(x))
+        init = ZERO_INIT if self.zero else LECUN
+        return nn.Dense(self.out, dtype=self.dtype, kernel_init=init, name="linear_2")(x)
+
+
+def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2h 2w c"]:
+    """Repeats every pixel twice in each direction."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def space_to_depth(x: Float[Array, "... h w c"], patch: int) -> Float[Array, "... h2 w2 c2"]:
+    """Folds `patch` x `patch` pixels into channels."""
+    return rearrange(x, "... (h p) (w q) c -> ... h w (p q c)", p=patch, q=patch)
+
+
+def depth_to_space(x: Float[Array, "... h w c"], patch: int) -> Float[Array, "... h2 w2 c2"]:
+    """Undoes `space_to_depth`."""
+    return rearrange(x, "... h w (p q c) -> ... (h p) (w q) c", p=patch, q=patch)

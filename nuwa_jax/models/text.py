@@ -1,0 +1,55 @@
+"""A small byte-level text encoder, trained with the model: nothing has to be downloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nuwa_jax.models.layers import Attention, FeedForward, layer_norm
+
+VOCABULARY = 257  # 0 pads, byte b is b + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the byte-level transformer."""
+
+    channels: int = 128
+    layers: int = 2
+    heads: int = 4
+    max_length: int = 256
+
+
+class TextEncoder(nn.Module):
+    """Bytes to tokens for cross-attention; also says which tokens are padding."""
+
+    config: TextEncoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, text: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l c"], Bool[Array, "b l"]]:
+        config, dtype = self.config, self.dtype
+        length = text.shape[1]
+        if length > config.max_length:
+            raise ValueError(
+                f"text of {length} bytes, the encoder was built for {config.max_length}: "
+                "lower data.text_length or raise model.text.max_length"
+            )
+        # The first token always exists: an empty caption is one "nothing said" token.
+        mask = (text != 0).at[:, 0].set(True)
+        x = nn.Embed(VOCABULARY, config.channels, dtype=dtype, name="bytes")(text)
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (config.max_length, config.channels)
+        )
+        x = x + positions[:length].astype(dtype)
+        for i in range(config.layers):
+            y = layer_norm(f"norm_{i}_attention", dtype)(x)
+            x = x + Attention(config.heads, dtype=dtype, name=f"attention_{i}")(y, mask=mask)
+            y = layer_norm(f"norm_{i}_feed_forward", dtype)(x)
+            x = x + FeedForward(2, dtype=dtype, name=f"feed_forward_{i}")(y)
+        return layer_norm("norm_out", dtype)(x), mask

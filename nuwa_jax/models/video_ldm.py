@@ -1,0 +1,344 @@
+"""The assembled video latent diffusion model: `init`, `encode`, `decode`, `condition`, `denoise`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
+from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, DragEmbedding
+from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowFeature, FlowHeads
+from nuwa_jax.models.layers import sinusoids
+from nuwa_jax.models.text import TextEncoder, TextEncoderConfig
+from nuwa_jax.models.unet import UNet, UNetConfig
+
+Params = dict[str, Any]
+VECTOR_CHANNELS = 256  # sinusoids per number of the conditioning vector (SVD)
+
+
+class Drop(NamedTuple):
+    """Which conditions are withheld, per sample; each guidance scale comes from one of them."""
+
+    text: Bool[Array, " b"]
+    image: Bool[Array, " b"]
+    drag: Bool[Array, " b"]
+
+
+class Condition(NamedTuple):
+    """All that the denoiser needs besides the noisy latents; computed once per sample."""
+
+    concat: Float[Array, "b t h w c"] | None
+    context: Float[Array, "b l c"] | None
+    context_mask: Bool[Array, "b l"] | None
+    vector: Float[Array, "b v"] | None
+    flow: dict[str, FlowFeature] | None
+    drags: DragEmbedding | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLDM:
+    """A video latent diffusion model, described by its configs; parameters live outside.
+
+    `params` is a plain nested dict with one entry per part: `autoencoder`, `latents` (mean and scale
+    per channel, measured, never trained), `unet` and, where configured, `text`, `flow_encoder`,
+    `drag`. A condition that is not given, and one that is dropped, leave the network as it is
+    without that part.
+    """
+
+    autoencoder: AutoencoderConfig
+    unet: UNetConfig
+    flow_encoder: FlowEncoderConfig | None = None
+    text: TextEncoderConfig | None = None
+    vector: tuple[str, ...] = ("fps",)
+    image_concat: bool = True
+    image_mask: bool = True
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Any) -> VideoLDM:
+        """Builds the model from `config.model` of a config file."""
+        drag = _section(DragAttentionConfig, config.get("drag"))
+        flow = _section(FlowEncoderConfig, config.get("flow_encoder"))
+        autoencoder = _section(AutoencoderConfig, config.autoencoder)
+        unet = _section(UNetConfig, config.unet)
+        unet = dataclasses.replace(
+            unet,
+            out_channels=autoencoder.latent_channels,
+            drag=drag,
+            flow_injection=flow.injection if flow else "none",
+            flow_where=flow.where if flow else unet.flow_where,
+        )
+        return cls(
+            autoencoder=autoencoder,
+            unet=unet,
+            flow_encoder=flow,
+            text=_section(TextEncoderConfig, config.get("text")),
+            vector=tuple(config.vector),
+            image_concat=config.image_concat,
+            image_mask=config.image_mask,
+            dtype=jnp.dtype(config.dtype),
+        )
+
+    def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
+        """Latent (t, h, w, c) of a clip of `frames` frames of `height` x `width` pixels.
+
+        Raises:
+          ValueError: the size does not divide by the autoencoder's reduction times the U-Net's.
+        """
+        reduction = self.autoencoder.reduction
+        whole = reduction * 2 ** (len(self.unet.channel_mult) - 1)
+        if height % reduction or width % reduction or (height % whole or width % whole):
+            raise ValueError(
+                f"height and width must be multiples of {whole} (autoencoder {reduction}, U-Net "
+                f"{whole // reduction}), got {height}x{width}: change data.height and data.width"
+            )
+        channels = self.autoencoder.latent_channels
+        return frames, height // reduction, width // reduction, channels
+
+    def init(self, key: PRNGKeyArray, *, height: int, width: int, frames: int) -> Params:
+        """Random float32 parameters; the sizes given matter only for their divisibility."""
+        t, h, w, c = self.latent_shape(height, width, frames)
+        keys = dict(zip(("encoder", "decoder", "text", "flow", "heads", "drag", "unet"),
+                        jax.random.split(key, 7), strict=True))
+        params: Params = {
+            "autoencoder": {
+                "encoder": _init(self._encoder, keys["encoder"], jnp.zeros((1, height, width, 3))),
+                "decoder": _init(self._decoder, keys["decoder"], jnp.zeros((1, t, h, w, c))),
+            },
+            "latents": {
+                "mean": jnp.zeros((c,)),
+                "scale": jnp.full((c,), self.autoencoder.scale),
+            },
+        }
+        if self.text is not None:
+            params["text"] = _init(self._text, keys["text"], jnp.zeros((1, 1), jnp.int32))
+        if self.flow_encoder is not None:
+            flow = jnp.zeros((1, t, height, width, 2))
+            encoder = _init(self._flow_encoder, keys["flow"], flow)
+            features = jax.eval_shape(self._flow_encoder.apply, {"params": encoder}, flow)
+            features = [jnp.zeros(f.shape) for f in features]
+            heads = _init(self._flow_heads, keys["heads"], features, jnp.ones((1,)))
+            params["flow_encoder"] = {"encoder": encoder, "heads": heads}
+        if self.unet.drag is not None:
+            params["drag"] = _init(
+                self._drag,
+                keys["drag"],
+                jnp.zeros((1, 1, t, 2)),
+                jnp.zeros((1, 1, t), jnp.int32),
+                jnp.zeros((1, h, w, c)),
+                jnp.ones((1,)),
+            )
+        # The condition's shapes are all the U-Net needs to be initialised.
+        condition = jax.eval_shape(
+            lambda p: self.condition(
+                p,
+                image=jnp.zeros((1, height, width, 3)),
+                text=jnp.zeros((1, 1), jnp.int32),
+                flow=jnp.zeros((1, t, height, width, 2)),
+                points=jnp.zeros((1, 1, t, 2)),
+                state=jnp.zeros((1, 1, t), jnp.int32),
+                fps=jnp.ones((1,)),
+                frames=t,
+                size=(height, width),
+            ),
+            params,
+        )
+        condition = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), condition)
+        x = jnp.zeros((1, t, h, w, c))
+        params["unet"] = _init(self._unet, keys["unet"], *self._unet_inputs(x, x[:, 0, 0, 0, 0], condition))
+        return params
+
+    def posterior(
+        self, params: Params, video: Float[Array, "b t H W 3"]
+    ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]:
+        """Mean and log variance of the latents, before normalisation; `video` in [-1, 1]."""
+        b, t = video.shape[:2]
+        frames = video.reshape(b * t, *video.shape[2:])
+        moments = self._encoder.apply({"params": params["autoencoder"]["encoder"]}, frames)
+        moments = moments.reshape(b, t, *moments.shape[1:]).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def normalize(self, params: Params, z: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """Autoencoder's latents to the diffusion model's: `(z - mean) * scale`."""
+        return (z - params["latents"]["mean"]) * params["latents"]["scale"]
+
+    def encode(
+        self, params: Params, video: Float[Array, "b t H W 3"]
+    ) -> Float[Array, "b t h w c"]:
+        """Normalised latents (the posterior's mean) of a video in [-1, 1]."""
+        return self.normalize(params, self.posterior(params, video)[0])
+
+    def decode(
+        self, params: Params, latents: Float[Array, "b t h w c"]
+    ) -> Float[Array, "b t H W 3"]:
+        """Video, about [-1, 1], of normalised latents; all frames in one decoder call."""
+        z = latents / params["latents"]["scale"] + params["latents"]["mean"]
+        return self.decode_raw(params, z)
+
+    def decode_raw(self, params: Params, z: Float[Array, "b t h w c"]) -> Float[Array, "b t H W 3"]:
+        """Video of latents as the encoder gives them (not normalised)."""
+        video = self._decoder.apply({"params": params["autoencoder"]["decoder"]}, z)
+        return video.astype(jnp.float32)
+
+    def condition(
+        self,
+        params: Params,
+        *,
+        frames: int,
+        size: tuple[int, int],
+        image: Float[Array, "b H W 3"] | None = None,
+        text: Int[Array, "b l"] | None = None,
+        flow: Float[Array, "b t H W 2"] | None = None,
+        points: Float[Array, "b k t 2"] | None = None,
+        state: Int[Array, "b k t"] | None = None,
+        fps: Float[Array, " b"] | None = None,
+        drop: Drop | None = None,
+    ) -> Condition:
+        """Everything that does not depend on the noisy latents.
+
+        Args:
+          params: the model's parameters.
+          frames: frames t of the video to be made.
+          size: its height and width in pixels; points and flow are in these pixels.
+          image: the first frame in [-1, 1].
+          text: caption bytes (`nuwa_jax.data.tokenizer`).
+          flow: dense or rasterised flow, pixels per frame; `flow[:, 0] = 0`.
+          points: drags in pixels, with their `state`.
+          fps: frames per second; enters where the config's `vector` names it.
+          drop: samples from which a condition is withheld.
+        """
+        given = [a for a in (image, text, flow, points, fps) if a is not None]
+        if not given:
+            raise ValueError("give at least one of image, text, flow, points, fps")
+        b = given[0].shape[0]
+        t, h, w, c = self.latent_shape(*size, frames)
+        drop = drop or Drop(*(jnp.zeros((b,), bool) for _ in range(3)))
+
+        first = jnp.zeros((b, h, w, c))
+        has_image = jnp.zeros((b,))
+        if image is not None:
+            has_image = 1.0 - drop.image.astype(jnp.float32)
+            first = self.encode(params, image[:, None])[:, 0] * has_image[:, None, None, None]
+        concat = None
+        if self.image_concat:
+            parts = [jnp.broadcast_to(first[:, None], (b, t, h, w, c))]
+            if self.image_mask:
+                # One channel says in which frame the picture is known: in the first, if given.
+                known = (jnp.arange(t) == 0).astype(jnp.float32)[None] * has_image[:, None]
+                parts.append(jnp.broadcast_to(known[:, :, None, None, None], (b, t, h, w, 1)))
+            concat = jnp.concatenate(parts, axis=-1)
+
+        context = mask = None
+        if self.text is not None:
+            text = jnp.zeros((b, 1), jnp.int32) if text is None else text
+            text = jnp.where(drop.text[:, None], 0, text)
+            context, mask = self._text.apply({"params": params["text"]}, text)
+
+        keep = 1.0 - drop.drag.astype(jnp.float32)
+        features = None
+        if self.flow_encoder is not None and flow is not None:
+            part = params["flow_encoder"]
+            maps = self._flow_encoder.apply({"params": part["encoder"]}, flow)
+            features = self._flow_heads.apply({"params": part["heads"]}, maps, keep)
+        drags = None
+        if self.unet.drag is not None and points is not None:
+            # Pixel centres are at integers; the network sees units of the picture.
+            position = (points + 0.5) / jnp.asarray([size[1], size[0]], jnp.float32)
+            drags = self._drag.apply({"params": params["drag"]}, position, state, first, keep)
+
+        vector = None
+        if self.vector:
+            numbers = {"fps": jnp.zeros((b,)) if fps is None else fps}
+            vector = jnp.concatenate(
+                [sinusoids(numbers[name], VECTOR_CHANNELS) for name in self.vector], axis=-1
+            )
+        return Condition(concat, context, mask, vector, features, drags)
+
+    def denoise(
+        self,
+        params: Params,
+        x: Float[Array, "b t h w c"],
+        sigma: Float[Array, " b"],
+        condition: Condition,
+    ) -> Float[Array, "b t h w c"]:
+        """The EDM-preconditioned estimate D(x; sigma) of the clean latents (v-prediction).
+
+        c_skip = 1/(s²+1), c_out = -s/sqrt(s²+1), c_in = 1/sqrt(s²+1), c_noise = ln(s)/4 (SVD,
+        `VScalingWithEDMcNoise`).
+        """
+        s = sigma.reshape(-1, 1, 1, 1, 1)
+        c_in = 1 / jnp.sqrt(s**2 + 1)
+        inputs = self._unet_inputs(x * c_in, jnp.log(sigma) / 4, condition)
+        out = self._unet.apply({"params": params["unet"]}, *inputs)
+        return x / (s**2 + 1) - out * s * c_in
+
+    def _unet_inputs(self, x: Array, c_noise: Array, condition: Condition) -> tuple[Any, ...]:
+        if condition.concat is not None:
+            x = jnp.concatenate([x, condition.concat], axis=-1)
+        return (
+            x,
+            c_noise,
+            condition.context,
+            condition.vector,
+            condition.flow,
+            condition.drags,
+            condition.context_mask,
+        )
+
+    @property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.autoencoder, self.dtype)
+
+    @property
+    def _decoder(self) -> TemporalDecoder:
+        return TemporalDecoder(self.autoencoder, self.dtype)
+
+    @property
+    def _text(self) -> TextEncoder:
+        return TextEncoder(self.text, self.dtype)
+
+    @property
+    def _flow_encoder(self) -> FlowEncoder:
+        unet = self.unet
+        return FlowEncoder(
+            self.flow_encoder,
+            unet.model_channels,
+            unet.channel_mult,
+            self.autoencoder.reduction,
+            self.dtype,
+        )
+
+    @property
+    def _flow_heads(self) -> FlowHeads:
+        unet = self.unet
+        return FlowHeads(self.flow_encoder, unet.model_channels, unet.channel_mult, self.dtype)
+
+    @property
+    def _drag(self) -> DragEmbedder:
+        return DragEmbedder(self.unet.drag, self.dtype)
+
+    @property
+    def _unet(self) -> UNet:
+        return UNet(self.unet, self.dtype)
+
+
+def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:
+    return jax.jit(module.init)(key, *args)["params"]
+
+
+def _section(cls: type, config: Any) -> Any:
+    """A dataclass from a config section; lists become tuples, an unknown key is an error."""
+    if config is None:
+        return None
+    names = {field.name for field in dataclasses.fields(cls)}
+    unknown = set(config) - names
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} has no {sorted(unknown)}: its keys are {sorted(names)}"
+        )
+    return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()})
