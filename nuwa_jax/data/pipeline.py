@@ -1,0 +1,312 @@
+"""Batches for training: clips from scenes and from records, drags made from their tracks.
+
+Element i of the stream is a pure function of (seed, i), whatever the batch size, the number of
+threads and the number of hosts; so one integer, the index of the next element, is the whole state
+of the iteration. Nothing is ever filtered out while reading, as that would make element i depend
+on those before it: a record that cannot be read is replaced by another one, and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from nuwa_jax.data.batch import Batch
+from nuwa_jax.data.scenes import HELD_OUT_SEED, Scene, SceneConfig, render_scene
+from nuwa_jax.data.tokenizer import encode_text
+from nuwa_jax.errors import UserError
+from nuwa_jax.motion.tracks import (
+    PerturbConfig,
+    SamplerConfig,
+    Tracks,
+    net_displacement,
+    perturb_tracks,
+    sample_trajectories,
+)
+
+_Config = TypeVar("_Config")
+
+# The order of records, the choices within an element and the device's noise are random streams of
+# one seed; this number keeps them apart.
+_ORDER_STREAM = 1
+_ELEMENT_STREAM = 2
+
+_ENDLESS = 1 << 48  # elements; grain wants a length
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a batch is made of.
+
+    Attributes:
+      height, width: of the video in pixels.
+      frames: of every clip.
+      fps: frames per second of scenes. Clips keep the rate that they were prepared with.
+      max_drags: k, the number of drags to which a clip is padded.
+      text_length: l, the number of tokens to which a caption is padded or cut.
+      scenes_weight, clips_weight: shares of elements that are scenes and real clips.
+      clips: folder that `python -m nuwa_jax.data.webvid` made; "" for none.
+      threads: that make batches; 0 makes them when they are asked for.
+      prefetch: batches made ahead, at least.
+      camera_probability: chance that drags of an element with a moving camera may lie on the
+        background. Otherwise they lie on the sprites and on what stays still.
+      scenes: what scenes look like. Size, frames and fps are always those above.
+      sampler: which tracks become drags.
+      perturb: how imprecise drags are.
+    """
+
+    height: int = 64
+    width: int = 64
+    frames: int = 8
+    fps: float = 8.0
+    max_drags: int = 8
+    text_length: int = 64
+    scenes_weight: float = 1.0
+    clips: str = ""
+    clips_weight: float = 0.0
+    threads: int = 2
+    prefetch: int = 4
+    camera_probability: float = 0.25
+    scenes: SceneConfig = SceneConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    perturb: PerturbConfig = PerturbConfig()
+
+    def __post_init__(self) -> None:
+        size = {name: getattr(self, name) for name in ("height", "width", "frames", "fps")}
+        object.__setattr__(self, "scenes", dataclasses.replace(self.scenes, **size))
+        for name in ("height", "width", "frames", "max_drags", "text_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} is at least 1, got {getattr(self, name)}")
+        for name in ("scenes_weight", "clips_weight", "threads", "prefetch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} is at least 0, got {getattr(self, name)}")
+        if not 0 <= self.camera_probability <= 1:
+            raise UserError(f"data.camera_probability is in [0, 1], got {self.camera_probability}")
+        if self.scenes_weight + self.clips_weight <= 0:
+            raise UserError(
+                "data.scenes_weight and data.clips_weight are both 0: nothing to train on; set one"
+            )
+        if self.clips_weight > 0 and not self.clips:
+            raise UserError(
+                "data.clips_weight is set but data.clips is not: name a folder made by "
+                "python -m nuwa_jax.data.webvid"
+            )
+        if self.sampler.max_count > self.max_drags:
+            raise UserError(
+                f"data.sampler.max_count {self.sampler.max_count} is more than data.max_drags "
+                f"{self.max_drags}: drags would not fit"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DataConfig:
+        """From the `data` part of a config; what it does not name keeps its default.
+
+        Raises:
+          UserError: an entry is unknown or its value makes no sense.
+        """
+        values = dict(config)
+        parts = {"scenes": SceneConfig, "sampler": SamplerConfig, "perturb": PerturbConfig}
+        for name, part in parts.items():
+            if name in values:
+                values[name] = _build(part, values[name], f"data.{name}")
+        return _build(cls, values, "data")
+
+
+class Batches(Iterator[Batch]):
+    """The endless stream of batches that `make_batches` starts.
+
+    Attributes:
+      next_index: the index of the first element that was not yet drawn; starting again at
+        `start_index=next_index` goes on exactly here.
+    """
+
+    def __init__(
+        self, elements: _Elements, config: DataConfig, batch_size: int, start: int
+    ) -> None:
+        dataset = grain.MapDataset.source(elements).batch(
+            elements.local_batch_size, drop_remainder=True, batch_fn=_stack
+        )
+        # Batched before the threads, so that a thread makes whole batches and their order is kept.
+        threads = config.threads
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(config.prefetch, threads) * bool(threads)
+        )
+        self._batches = iter(dataset.to_iter_dataset(options))
+        self._batch_size = batch_size
+        self.next_index = start
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.next_index += self._batch_size
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._batches.close()
+
+
+def make_batches(
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    start_index: int = 0,
+    shard: int = 0,
+    num_shards: int = 1,
+    with_flow: bool = False,
+) -> Batches:
+    """The stream of batches, from the element `start_index` on.
+
+    Batch n is made of elements `start_index + n * batch_size` and on. Of each batch, shard s of S
+    yields the s-th of S equal blocks: all shards' batches concatenated are the batch of one shard.
+
+    Args:
+      config: what a batch is made of.
+      seed: of all randomness; other seeds give unrelated streams.
+      batch_size: of all shards together.
+      start_index: element at which to start: the state of an earlier iteration, its `next_index`.
+      shard: which block of every batch to yield, usually `jax.process_index()`.
+      num_shards: usually `jax.process_count()`.
+      with_flow: fill `Batch.flow`.
+
+    Raises:
+      UserError: the batch does not divide among shards, or the clips cannot be opened.
+    """
+    if batch_size < 1 or num_shards < 1 or batch_size % num_shards:
+        raise UserError(
+            f"a batch of {batch_size} does not divide among {num_shards} hosts: "
+            "make batch_size a multiple of the number of hosts"
+        )
+    if not 0 <= shard < num_shards:
+        raise ValueError(f"shard is in 0 .. {num_shards - 1}, got {shard}")
+    if start_index < 0 or seed < 0:
+        raise ValueError(f"start_index and seed are at least 0, got {start_index} and {seed}")
+    elements = _Elements(config, seed, batch_size, start_index, shard, num_shards, with_flow)
+    return Batches(elements, config, batch_size, start_index)
+
+
+def to_device(batch: Batch, sharding: jax.sharding.Sharding | None = None) -> Batch:
+    """The batch as arrays on devices; with a sharding, each host gives its block of the batch."""
+    if sharding is None:
+        return jax.device_put(batch)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    )
+
+
+def held_out_scene(index: int, config: DataConfig) -> Scene:
+    """Scene `index` of those that training never sees."""
+    if index < 0:
+        raise ValueError(f"index of a held-out scene is at least 0, got {index}")
+    return render_scene(HELD_OUT_SEED + index, config.scenes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clip:
+    """What scenes and records have in common."""
+
+    video: np.ndarray
+    tracks: Tracks
+    groups: Int[np.ndarray, " k"] | None
+    flow: Float[np.ndarray, "t h w 2"] | None
+    caption: str
+    fps: float
+
+
+class _Elements:
+    """A source for grain: position j of this shard is an element of the stream."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        batch_size: int,
+        start: int,
+        shard: int,
+        num_shards: int,
+        with_flow: bool,
+    ) -> None:
+        self._config = config
+        self._seed = seed
+        self._batch_size = batch_size
+        self._start = start
+        self._shard = shard
+        self._with_flow = with_flow
+        self.local_batch_size = batch_size // num_shards
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, position: int) -> Batch:
+        batch, row = divmod(int(position), self.local_batch_size)
+        row += self._shard * self.local_batch_size
+        return self._element(self._start + batch * self._batch_size + row)
+
+    def _element(self, index: int) -> Batch:
+        """Element `index` of the stream: a batch without its first axis."""
+        config = self._config
+        rng = np.random.default_rng([self._seed, _ELEMENT_STREAM, index])
+        clip = self._scene(rng)
+        drags = _synthesise_drags(clip, rng, config).pad(config.max_drags)
+        return Batch(
+            video=clip.video,
+            flow=None if clip.flow is None else clip.flow.astype(np.float16),
+            points=drags.points,
+            state=drags.state,
+            text=encode_text(clip.caption, config.text_length),
+            fps=np.float32(clip.fps),
+        )
+
+    def _scene(self, rng: np.random.Generator) -> _Clip:
+        scene = render_scene(int(rng.integers(HELD_OUT_SEED)), self._config.scenes)
+        return _Clip(
+            video=scene.video,
+            tracks=scene.tracks,
+            groups=scene.track_object,
+            flow=scene.flow if self._with_flow else None,
+            caption=scene.caption,
+            fps=scene.fps,
+        )
+
+
+def _synthesise_drags(clip: _Clip, rng: np.random.Generator, config: DataConfig) -> Tracks:
+    tracks, groups = clip.tracks, clip.groups
+    on_background = rng.random() < config.camera_probability
+    if groups is not None and not on_background:
+        # A background that moves is the camera's doing; one that is still can be held as an anchor.
+        still = net_displacement(tracks) < config.sampler.min_motion
+        kept = np.flatnonzero((groups > 0) | still)
+        tracks, groups = tracks.select(kept), groups[kept]
+    height, width = clip.video.shape[1:3]
+    drags = sample_trajectories(tracks, rng, config.sampler, height, width, groups)
+    return perturb_tracks(drags, rng, config.perturb)
+
+
+def _stack(elements: Sequence[Batch]) -> Batch:
+    return Batch(
+        *(None if column[0] is None else np.stack(column) for column in zip(*elements, strict=True))
+    )
+
+
+def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}.{name} is not a known entry: use one of {', '.join(known)}")
+    try:
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in dict(values).items()
+            }
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
