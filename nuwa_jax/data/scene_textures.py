@@ -59,7 +59,7 @@ def depth_inside(
     if shape == "square":
         return 0.84 - np.maximum(np.abs(x), np.abs(y))
     if shape == "bar":
-        return np.minimum(1.1 - np.abs(x), 0.48 - np.abs(y))
+        return np.minimum(1.1 - np.abs(x), 0.479 - np.abs(y))
     if shape == "triangle":
         # Half-planes at the distance of the inscribed circle; one tip points up.
         sides = np.maximum(np.abs(x) * np.sqrt(0.75) - 0.5 * y, y)
