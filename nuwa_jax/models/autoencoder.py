@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from nuwa_jax.models.layers import (
     ZERO_INIT,
     AlphaBlender,
+    Dense,
     TemporalConv,
     conv2d,
     depth_to_space,
@@ -85,9 +86,9 @@ class VideoResBlock(nn.Module):
         h = nn.silu(group_norm(self.features, TEMPORAL_EPS, name="time_norm1", dtype=self.dtype)(x))
         h = TemporalConv(self.features, dtype=self.dtype, name="time_conv1")(h)
         h = nn.silu(group_norm(self.features, TEMPORAL_EPS, name="time_norm2", dtype=self.dtype)(h))
-        h = TemporalConv(
-            self.features, kernel_init=ZERO_INIT, dtype=self.dtype, name="time_conv2"
-        )(h)
+        h = TemporalConv(self.features, kernel_init=ZERO_INIT, dtype=self.dtype, name="time_conv2")(
+            h
+        )
         return AlphaBlender(init=0.0, name="time_mixer")(x + h, x)
 
 
@@ -101,9 +102,9 @@ class SpatialAttention(nn.Module):
         n, h, w, c = x.shape
         y = group_norm(c, SPATIAL_EPS, name="norm", dtype=self.dtype)(x)
         y = rearrange(y, "n h w c -> n (h w) c")
-        q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(y) for name in ("q", "k", "v"))
+        q, k, v = (Dense(c, dtype=self.dtype, name=name)(y) for name in ("q", "k", "v"))
         y = dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
-        y = nn.Dense(c, dtype=self.dtype, name="out")(y)
+        y = Dense(c, dtype=self.dtype, name="out")(y)
         return x + rearrange(y, "n (h w) c -> n h w c", h=h, w=w)
 
 
@@ -174,7 +175,6 @@ class TemporalDecoder(nn.Module):
         x = per_frame(conv2d(out_channels, name="conv_out", dtype=dtype), nn.silu(x))
         x = depth_to_space(x, config.patch_size)
         # Trained from nothing, a random mix of the three colours would first have to be undone.
-        return TemporalConv(
-            3, kernel_init=middle_tap_identity, dtype=dtype, name="time_conv_out"
-        )(x)
-
+        return TemporalConv(3, kernel_init=middle_tap_identity, dtype=dtype, name="time_conv_out")(
+            x
+        )

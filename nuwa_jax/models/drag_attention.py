@@ -14,11 +14,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from nuwa_jax.models.layers import (
     ZERO_INIT,
+    Dense,
     Mlp,
     dot_product_attention,
     fourier_features,
@@ -93,7 +94,10 @@ class DragEmbedder(nn.Module):
         geometry = jnp.concatenate(
             [
                 fourier_features(position, frequencies),
-                repeat(fourier_features(start, frequencies), "b k c -> b t k c", t=position.shape[1]),
+                jnp.broadcast_to(
+                    fourier_features(start, frequencies)[:, None],
+                    (*position.shape[:3], 4 * frequencies),
+                ),
                 fourier_features(displacement, frequencies),
                 displacement,
                 step,
@@ -109,10 +113,10 @@ class DragEmbedder(nn.Module):
             nn.silu(appearance)
         )
         found = sample_at(appearance, start)
-        found = nn.Dense(d, dtype=dtype, name="appearance_out")(found)
+        found = Dense(d, dtype=dtype, name="appearance_out")(found)
 
         depth = jnp.zeros(start.shape[:2]) if depth is None else depth
-        depth = nn.Dense(d, use_bias=False, dtype=dtype, name="depth")(depth[..., None])
+        depth = Dense(d, use_bias=False, dtype=dtype, name="depth")(depth[..., None])
 
         identity = Mlp(d, d, dtype=dtype, name="identity")(
             jnp.concatenate([fourier_features(start, frequencies), start], axis=-1)
@@ -164,7 +168,7 @@ class TokenAttention(nn.Module):
         b, t, h, w, c = x.shape
         d, heads = config.token_channels, config.heads
         grid = grid_positions(h, w)
-        place = nn.Dense(d, dtype=dtype, name="drag_place")(
+        place = Dense(d, dtype=dtype, name="drag_place")(
             fourier_features(grid, config.num_frequencies)
         )
         pixels = rearrange(x, "b t h w c -> (b t) (h w) c")
@@ -178,12 +182,14 @@ class TokenAttention(nn.Module):
         penalty = jax.nn.softplus(penalty)[:, None, :, None, None] * distance[None, :, None]
 
         normed_pixels = layer_norm("drag_norm_pixels", dtype)(pixels)
-        normed_pixels = nn.Dense(d, dtype=dtype, name="drag_pixels")(normed_pixels) + place
+        normed_pixels = Dense(d, dtype=dtype, name="drag_pixels")(normed_pixels) + place
 
         # Tokens read the frame.
         normed_tokens = layer_norm("drag_norm_tokens", dtype)(tokens)
         read = self._attend(
-            normed_tokens, normed_pixels, bias=-rearrange(penalty[0], "n e p k -> n e k p"),
+            normed_tokens,
+            normed_pixels,
+            bias=-rearrange(penalty[0], "n e p k -> n e k p"),
             name="drag_read",
         )
         gate = self.param("drag_token_gate", nn.initializers.zeros_init(), (d,))
@@ -199,8 +205,8 @@ class TokenAttention(nn.Module):
         wrote = self._attend(
             normed_pixels, sources, bias=bias, mask=mask[:, None, None, :], name="drag_write"
         )
-        wrote = nn.silu(nn.Dense(d, dtype=dtype, name="drag_mix")(wrote) + place)
-        wrote = nn.Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="drag_out")(wrote)
+        wrote = nn.silu(Dense(d, dtype=dtype, name="drag_mix")(wrote) + place)
+        wrote = Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="drag_out")(wrote)
         keep = jnp.repeat(drags.keep, t)[:, None, None].astype(dtype)
         pixels = pixels + keep * wrote
         x = rearrange(pixels, "(b t) (h w) c -> b t h w c", b=b, h=h)
@@ -218,7 +224,7 @@ class TokenAttention(nn.Module):
         d, heads = self.config.token_channels, self.config.heads
         q, k, v = (
             rearrange(
-                nn.Dense(d, use_bias=False, dtype=self.dtype, name=f"{name}_{part}")(y),
+                Dense(d, use_bias=False, dtype=self.dtype, name=f"{name}_{part}")(y),
                 "n l (e d) -> n l e d",
                 e=heads,
             )
@@ -262,18 +268,18 @@ class CorrespondenceAttention(nn.Module):
         pixels = rearrange(x, "b t h w c -> b t (h w) c")
         normed = layer_norm("drag_norm", dtype)(pixels)
         first = normed[:, 0]
-        query = nn.Dense(d, use_bias=False, dtype=dtype, name="drag_q")(normed)
-        query = query + nn.Dense(d, dtype=dtype, name="drag_target")(target)
-        key = nn.Dense(d, use_bias=False, dtype=dtype, name="drag_k")(first)
-        key = key + nn.Dense(d, dtype=dtype, name="drag_handle")(handle)
-        value = nn.Dense(d, use_bias=False, dtype=dtype, name="drag_v")(first)
+        query = Dense(d, use_bias=False, dtype=dtype, name="drag_q")(normed)
+        query = query + Dense(d, dtype=dtype, name="drag_target")(target)
+        key = Dense(d, use_bias=False, dtype=dtype, name="drag_k")(first)
+        key = key + Dense(d, dtype=dtype, name="drag_handle")(handle)
+        value = Dense(d, use_bias=False, dtype=dtype, name="drag_v")(first)
         out = dot_product_attention(
             rearrange(query, "b t p (e d) -> b (t p) e d", e=heads),
             rearrange(key, "b p (e d) -> b p e d", e=heads),
             rearrange(value, "b p (e d) -> b p e d", e=heads),
         )
         out = rearrange(out, "b (t p) e d -> b t p (e d)", t=t)
-        out = nn.Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="drag_out")(out)
+        out = Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="drag_out")(out)
         pixels = pixels + drags.keep[:, None, None, None].astype(dtype) * out
         return rearrange(pixels, "b t (h w) c -> b t h w c", h=h)
 
@@ -303,7 +309,9 @@ def sample_at(
     return jnp.einsum("bkh,bkw,bhwc->bkc", rows, columns, features)
 
 
-def log_spaced_locality(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
+def log_spaced_locality(
+    key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32
+) -> Array:
     """Heads from almost global to about an eighth of the picture wide (before softplus)."""
     del key
     wanted = jnp.logspace(0.0, 2.0, shape[1])  # penalty at distance 1: from 1 to 100

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from nuwa_jax.models.layers import (
     ZERO_INIT,
+    Dense,
     TemporalConv,
     conv2d,
     dot_product_attention,
@@ -169,12 +170,12 @@ class FlowInjection(nn.Module):
             return h + keep * conv(joined)
         if self.kind == "cross_attention":
             query = group_norm(channels, FLOW_EPS, name="flow_norm", dtype=self.dtype)(h)
-            query = nn.Dense(channels, dtype=self.dtype, name="flow_query")(query)
-            key = nn.Dense(channels, dtype=self.dtype, name="flow_key")(first)
-            value = nn.Dense(channels, dtype=self.dtype, name="flow_value")(first)
+            query = Dense(channels, dtype=self.dtype, name="flow_query")(query)
+            key = Dense(channels, dtype=self.dtype, name="flow_key")(first)
+            value = Dense(channels, dtype=self.dtype, name="flow_value")(first)
             q, k, v = (rearrange(y, "n h w c -> n (h w) 1 c") for y in (query, key, value))
             out = rearrange(dot_product_attention(q, k, v), "n (h w) 1 c -> n h w c", w=h.shape[2])
-            out = nn.Dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="flow_out")(out)
+            out = Dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="flow_out")(out)
             return h + keep * out
         raise ValueError(
             f"flow injection is film, concat or cross_attention, not {self.kind!r}: mend the config"

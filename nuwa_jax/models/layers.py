@@ -1,4 +1,4 @@
-"""Layers shared by the networks. Activations are `[b t h w c]`; spatial layers merge `b t` into `n`.
+"""Layers shared by the networks: activations are `[b t h w c]`, spatial layers merge b t into n.
 
 Numerical choices (eps, padding, the order of the sinusoid's halves) are those of the released SVD
 and DragNUWA 1.5 networks, which load into these modules unchanged.
@@ -28,15 +28,54 @@ def group_count(channels: int, groups: int = 32) -> int:
     return next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
 
 
-def group_norm(channels: int, eps: float, *, groups: int = 32, name: str, dtype: jnp.dtype) -> nn.Module:
-    """GroupNorm with affine; statistics over every axis but the first, in float32, in two passes."""
-    return nn.GroupNorm(
-        num_groups=group_count(channels, groups),
-        epsilon=eps,
-        use_fast_variance=False,
-        dtype=dtype,
-        name=name,
-    )
+class GroupNorm(nn.Module):
+    """GroupNorm with affine, statistics over every axis but the first, in float32, in two passes.
+
+    Written channel-wise: axes before the channels are reduced first and groups are formed of the
+    small result. Flax's form splits the channels of the whole activation, which XLA on CPU
+    vectorises badly (2.5 times the time at 64 channels).
+    """
+
+    groups: int
+    eps: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n ... c"]) -> Float[Array, "n ... c"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        axes = tuple(range(1, x.ndim - 1))
+
+        def group_mean(per_channel: Array) -> Array:
+            grouped = per_channel.reshape(*per_channel.shape[:-1], self.groups, -1)
+            mean = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            return mean.reshape(per_channel.shape)
+
+        x = x.astype(jnp.float32)
+        centred = x - group_mean(x.mean(axes, keepdims=True))
+        variance = group_mean(jnp.square(centred).mean(axes, keepdims=True))
+        out = centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias
+        return out.astype(self.dtype)
+
+
+def group_norm(
+    channels: int, eps: float, *, groups: int = 32, name: str, dtype: jnp.dtype
+) -> nn.Module:
+    """`GroupNorm` with at most `groups` groups for `channels` channels."""
+    return GroupNorm(group_count(channels, groups), eps, dtype, name=name)
+
+
+class Dense(nn.Dense):
+    """`nn.Dense` as one matrix product over all leading axes together.
+
+    With several leading axes XLA on CPU takes 2.6 times as long for the weight's gradient.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "... c"]) -> Float[Array, "... features"]:
+        out = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return out.reshape(*inputs.shape[:-1], self.features)
 
 
 def layer_norm(name: str, dtype: jnp.dtype) -> nn.Module:
@@ -53,7 +92,7 @@ def conv2d(
     name: str,
     dtype: jnp.dtype,
 ) -> nn.Module:
-    """Square 2-D convolution over `[n h w c]`, padded symmetrically (stride 2 included: not SAME)."""
+    """Square 2-D convolution over `[n h w c]`, padded symmetrically (stride 2, too: not SAME)."""
     pad = kernel // 2
     return nn.Conv(
         features,
@@ -144,7 +183,7 @@ class Attention(nn.Module):
         context = x if context is None else context
 
         def project(inputs: Array, name: str) -> Array:
-            out = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+            out = Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
             return rearrange(out, "b l (n d) -> b l n d", n=self.heads)
 
         out = dot_product_attention(
@@ -155,7 +194,7 @@ class Attention(nn.Module):
         )
         out = rearrange(out, "b l n d -> b l (n d)")
         init = ZERO_INIT if self.zero else LECUN
-        return nn.Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
+        return Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
 
 
 class FeedForward(nn.Module):
@@ -167,10 +206,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
         channels = x.shape[-1]
-        hidden = nn.Dense(2 * self.multiplier * channels, dtype=self.dtype, name="proj")(x)
+        hidden = Dense(2 * self.multiplier * channels, dtype=self.dtype, name="proj")(x)
         value, gate = jnp.split(hidden, 2, axis=-1)
         hidden = value * jax.nn.gelu(gate, approximate=False)
-        return nn.Dense(channels, dtype=self.dtype, name="out")(hidden)
+        return Dense(channels, dtype=self.dtype, name="out")(hidden)
 
 
 class AlphaBlender(nn.Module):
@@ -207,9 +246,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... out"]:
-        x = nn.silu(nn.Dense(self.hidden, dtype=self.dtype, name="linear_1")(x))
+        x = nn.silu(Dense(self.hidden, dtype=self.dtype, name="linear_1")(x))
         init = ZERO_INIT if self.zero else LECUN
-        return nn.Dense(self.out, dtype=self.dtype, kernel_init=init, name="linear_2")(x)
+        return Dense(self.out, dtype=self.dtype, kernel_init=init, name="linear_2")(x)
 
 
 def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2h 2w c"]:

@@ -1,7 +1,7 @@
 """SVD's spatio-temporal U-Net, with the places where flow and drags enter.
 
-Facts: the released DragNUWA 1.5 / SVD checkpoints (see `nuwa_jax.convert` for the name map). At full
-width this is that network; the small models are the same modules with other numbers.
+At full width this is the network of the released SVD and DragNUWA 1.5 checkpoints; the
+small models are the same modules with other numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nuwa_jax.models.layers import (
     ZERO_INIT,
     AlphaBlender,
     Attention,
+    Dense,
     FeedForward,
     Mlp,
     TemporalConv,
@@ -41,7 +42,8 @@ class UNetConfig:
 
     `attention_factors` are the reductions (1 = latent resolution) at which transformers stand;
     the middle block has one always. `flow_injection` is "film", "concat", "cross_attention" or
-    "none", `flow_where` "encoder+decoder" or "decoder".
+    "none", `flow_where` "encoder+decoder" or "decoder". `temporal_context` gives the context to the
+    temporal blocks, too, at every pixel, as SVD does; with long texts that is most of their cost.
     """
 
     out_channels: int = 4
@@ -51,6 +53,7 @@ class UNetConfig:
     attention_factors: tuple[int, ...] = (1, 2, 4)
     head_channels: int = 64
     ff_multiplier: int = 4
+    temporal_context: bool = True
     flow_injection: str = "none"
     flow_where: str = "encoder+decoder"
     drag: DragAttentionConfig | None = None
@@ -96,7 +99,7 @@ class SpatialResBlock(nn.Module):
         if flow is not None:
             # Before the embedding is added, as in DragNUWA 1.5.
             h = FlowInjection(self.flow_injection, self.dtype, name="flow_injection")(h, flow)
-        shift = nn.Dense(self.features, dtype=self.dtype, name="emb_proj")(nn.silu(emb))
+        shift = Dense(self.features, dtype=self.dtype, name="emb_proj")(nn.silu(emb))
         h = h + rearrange(shift, "b t c -> (b t) 1 1 c")
         h = nn.silu(group_norm(self.features, RES_EPS, name="norm2", dtype=self.dtype)(h))
         h = conv2d(self.features, zero=True, name="conv2", dtype=self.dtype)(h)
@@ -117,7 +120,7 @@ class TemporalResBlock(nn.Module):
         c, dtype = x.shape[-1], self.dtype
         h = nn.silu(group_norm(c, RES_EPS, name="norm1", dtype=dtype)(x))
         h = TemporalConv(c, kernel_init=LECUN, dtype=dtype, name="conv1")(h)
-        shift = nn.Dense(c, dtype=dtype, name="emb_proj")(nn.silu(emb))
+        shift = Dense(c, dtype=dtype, name="emb_proj")(nn.silu(emb))
         h = h + shift[:, :, None, None, :]
         h = nn.silu(group_norm(c, RES_EPS, name="norm2", dtype=dtype)(h))
         return x + TemporalConv(c, kernel_init=ZERO_INIT, dtype=dtype, name="conv2")(h)
@@ -191,6 +194,7 @@ class VideoTransformer(nn.Module):
 
     heads: int
     ff_multiplier: int
+    temporal_context: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -200,7 +204,7 @@ class VideoTransformer(nn.Module):
         u = rearrange(x, "b t h w c -> (b t) h w c")
         u = group_norm(c, TRANSFORMER_EPS, name="norm", dtype=dtype)(u)
         u = rearrange(u, "n h w c -> n (h w) c")
-        u = nn.Dense(c, dtype=dtype, name="proj_in")(u)
+        u = Dense(c, dtype=dtype, name="proj_in")(u)
 
         context, mask = stream.context, stream.context_mask
         per_frame = None if context is None else jnp.repeat(context, t, axis=0)
@@ -213,6 +217,8 @@ class VideoTransformer(nn.Module):
         u = rearrange(u, "(b t) l c -> b t l c", t=t)
         v = u + frame_emb[None, :, None, :].astype(u.dtype)
         v = rearrange(v, "b t l c -> (b l) t c")
+        if not self.temporal_context:
+            context = mask = None
         # Pixels of one video are neighbours here: the context must be repeated in that order.
         per_pixel = None if context is None else jnp.repeat(context, h * w, axis=0)
         pixel_mask = None if mask is None else jnp.repeat(mask, h * w, axis=0)
@@ -221,7 +227,7 @@ class VideoTransformer(nn.Module):
         )
         v = rearrange(v, "(b l) t c -> b t l c", b=b)
         u = AlphaBlender(name="time_mixer")(u, v, stream.image_only)
-        u = nn.Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="proj_out")(u)
+        u = Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="proj_out")(u)
         return rearrange(u, "b t (h w) c -> b t h w c", h=h) + x
 
 
@@ -272,9 +278,13 @@ class UNet(nn.Module):
             if not attend:
                 return x, stream
             heads = max(1, features // config.head_channels)
-            x = transformer(heads, config.ff_multiplier, dtype, name=f"{name}_transformer")(
-                x, stream
-            )
+            x = transformer(
+                heads,
+                config.ff_multiplier,
+                config.temporal_context,
+                dtype,
+                name=f"{name}_transformer",
+            )(x, stream)
             if config.drag is not None and level in config.drag.levels and drags is not None:
                 x, updated = DragLayer(config.drag, dtype, name=f"{name}_drag")(x, stream.drags)
                 stream = stream._replace(drags=updated)
@@ -312,8 +322,6 @@ class UNet(nn.Module):
                 conv = conv2d(x.shape[-1], name=f"up_{level}_upsample", dtype=dtype)
                 x = per_frame(lambda y, conv=conv: conv(upsample_nearest(y)), x)
 
-        x = nn.silu(
-            per_frame(group_norm(x.shape[-1], RES_EPS, name="norm_out", dtype=dtype), x)
-        )
+        x = nn.silu(per_frame(group_norm(x.shape[-1], RES_EPS, name="norm_out", dtype=dtype), x))
         out = conv2d(config.out_channels, zero=True, name="conv_out", dtype=dtype)
         return per_frame(out, x).astype(jnp.float32)

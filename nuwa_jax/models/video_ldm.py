@@ -1,4 +1,4 @@
-"""The assembled video latent diffusion model: `init`, `encode`, `decode`, `condition`, `denoise`."""
+"""The assembled video LDM: `init`, `encode`, `decode`, `condition`, `denoise`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Condition(NamedTuple):
 class VideoLDM:
     """A video latent diffusion model, described by its configs; parameters live outside.
 
-    `params` is a plain nested dict with one entry per part: `autoencoder`, `latents` (mean and scale
-    per channel, measured, never trained), `unet` and, where configured, `text`, `flow_encoder`,
-    `drag`. A condition that is not given, and one that is dropped, leave the network as it is
-    without that part.
+    `params` is a plain nested dict with one entry per part: `autoencoder`, `latents` (mean and
+    scale per channel, measured, never trained), `unet` and, where configured, `text`,
+    `flow_encoder`, `drag`. A condition that is not given, and one that is dropped, leave the
+    network as it is without that part.
     """
 
     autoencoder: AutoencoderConfig
@@ -102,8 +102,13 @@ class VideoLDM:
     def init(self, key: PRNGKeyArray, *, height: int, width: int, frames: int) -> Params:
         """Random float32 parameters; the sizes given matter only for their divisibility."""
         t, h, w, c = self.latent_shape(height, width, frames)
-        keys = dict(zip(("encoder", "decoder", "text", "flow", "heads", "drag", "unet"),
-                        jax.random.split(key, 7), strict=True))
+        keys = dict(
+            zip(
+                ("encoder", "decoder", "text", "flow", "heads", "drag", "unet"),
+                jax.random.split(key, 7),
+                strict=True,
+            )
+        )
         params: Params = {
             "autoencoder": {
                 "encoder": _init(self._encoder, keys["encoder"], jnp.zeros((1, height, width, 3))),
@@ -149,7 +154,9 @@ class VideoLDM:
         )
         condition = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), condition)
         x = jnp.zeros((1, t, h, w, c))
-        params["unet"] = _init(self._unet, keys["unet"], *self._unet_inputs(x, x[:, 0, 0, 0, 0], condition))
+        params["unet"] = _init(
+            self._unet, keys["unet"], *self._unet_inputs(x, x[:, 0, 0, 0, 0], condition)
+        )
         return params
 
     def posterior(
@@ -167,9 +174,7 @@ class VideoLDM:
         """Autoencoder's latents to the diffusion model's: `(z - mean) * scale`."""
         return (z - params["latents"]["mean"]) * params["latents"]["scale"]
 
-    def encode(
-        self, params: Params, video: Float[Array, "b t H W 3"]
-    ) -> Float[Array, "b t h w c"]:
+    def encode(self, params: Params, video: Float[Array, "b t H W 3"]) -> Float[Array, "b t h w c"]:
         """Normalised latents (the posterior's mean) of a video in [-1, 1]."""
         return self.normalize(params, self.posterior(params, video)[0])
 
@@ -328,7 +333,10 @@ class VideoLDM:
 
 
 def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:
-    return jax.jit(module.init)(key, *args)["params"]
+    # Runs once: compiling it well costs far more than it saves.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    lowered = jax.jit(module.init).lower(key, *args)
+    return lowered.compile(compiler_options=options)(key, *args)["params"]
 
 
 def _section(cls: type, config: Any) -> Any:
@@ -338,7 +346,5 @@ def _section(cls: type, config: Any) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     unknown = set(config) - names
     if unknown:
-        raise ValueError(
-            f"{cls.__name__} has no {sorted(unknown)}: its keys are {sorted(names)}"
-        )
+        raise ValueError(f"{cls.__name__} has no {sorted(unknown)}: its keys are {sorted(names)}")
     return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()})
