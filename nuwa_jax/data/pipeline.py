@@ -9,22 +9,29 @@ on those before it: a record that cannot be read is replaced by another one, and
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import cv2
 import grain
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Int
 
 from nuwa_jax.data.batch import Batch
+from nuwa_jax.data.records import Record, RecordError, RecordReader
 from nuwa_jax.data.scenes import HELD_OUT_SEED, Scene, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import encode_text
+from nuwa_jax.data.video import PointTransform, VideoError, read_video, resize_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.motion.tracks import (
     PerturbConfig,
     SamplerConfig,
     Tracks,
+    TrackState,
+    inside,
     net_displacement,
     perturb_tracks,
     sample_trajectories,
@@ -32,8 +39,11 @@ from nuwa_jax.motion.tracks import (
 
 _Config = TypeVar("_Config")
 
-# The order of records, the choices within an element and the device's noise are random streams of
-# one seed; this number keeps them apart.
+# Records to try in the place of a damaged one before giving up.
+_MAX_REPLACEMENTS = 16
+
+# The order of records and the choices within an element are random streams of one seed; these
+# numbers keep them apart.
 _ORDER_STREAM = 1
 _ELEMENT_STREAM = 2
 
@@ -124,6 +134,8 @@ class Batches(Iterator[Batch]):
     Attributes:
       next_index: the index of the first element that was not yet drawn; starting again at
         `start_index=next_index` goes on exactly here.
+      fingerprint: of the records that are read, "" for none. Element i is the same only while this
+        is: keep it beside `next_index`.
     """
 
     def __init__(
@@ -139,7 +151,14 @@ class Batches(Iterator[Batch]):
         )
         self._batches = iter(dataset.to_iter_dataset(options))
         self._batch_size = batch_size
+        self._elements = elements
         self.next_index = start
+        self.fingerprint = elements.fingerprint
+
+    @property
+    def num_replaced(self) -> int:
+        """Elements, of those made so far, whose record could not be read and was replaced."""
+        return self._elements.num_replaced
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
@@ -176,7 +195,8 @@ def make_batches(
       with_flow: fill `Batch.flow`.
 
     Raises:
-      UserError: the batch does not divide among shards, or the clips cannot be opened.
+      UserError: the batch does not divide among shards, or the clips cannot be opened: there are
+        none, a shard is not what the manifest says, or they have fewer frames than are asked for.
     """
     if batch_size < 1 or num_shards < 1 or batch_size % num_shards:
         raise UserError(
@@ -239,6 +259,18 @@ class _Elements:
         self._shard = shard
         self._with_flow = with_flow
         self.local_batch_size = batch_size // num_shards
+        self._clips_share = config.clips_weight / (config.clips_weight + config.scenes_weight)
+        self._reader = _open_clips(config) if config.clips_weight else None
+        self.fingerprint = self._reader.fingerprint if self._reader else ""
+        if self._reader:
+            state = np.random.SeedSequence([seed, _ORDER_STREAM]).generate_state(1)
+            # Every epoch has its own order; grain computes position i of it without a table.
+            self._order = (
+                grain.MapDataset.range(len(self._reader)).shuffle(seed=int(state[0])).repeat()
+            )
+        self._lock = threading.Lock()
+        self._reported: set[int] = set()
+        self.num_replaced = 0
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -252,7 +284,12 @@ class _Elements:
         """Element `index` of the stream: a batch without its first axis."""
         config = self._config
         rng = np.random.default_rng([self._seed, _ELEMENT_STREAM, index])
-        clip = self._scene(rng)
+        # Clips are spread evenly: after n elements, floor(n * share) of them were clips.
+        clips_before = int(index * self._clips_share)
+        if int((index + 1) * self._clips_share) > clips_before:
+            clip = self._prepared_clip(clips_before, rng)
+        else:
+            clip = self._scene(rng)
         drags = _synthesise_drags(clip, rng, config).pad(config.max_drags)
         return Batch(
             video=clip.video,
@@ -273,6 +310,103 @@ class _Elements:
             caption=scene.caption,
             fps=scene.fps,
         )
+
+    def _prepared_clip(self, number: int, rng: np.random.Generator) -> _Clip:
+        record, first, video = self._read(int(self._order[number]), rng.random())
+        return _cut_to_size(record, first, video, self._config, self._with_flow)
+
+    def _read(self, index: int, where: float) -> tuple[Record, int, np.ndarray]:
+        """The record `index`, or the next one that is not damaged, and a window of its video.
+
+        The window begins at `where` of its possible places, in [0, 1).
+        """
+        frames = self._config.frames
+        count = len(self._reader)
+        tries = min(count, _MAX_REPLACEMENTS + 1)
+        for candidate in range(index, index + tries):
+            try:
+                record = self._reader.read(candidate % count)
+                first = int(where * (record.frames - frames + 1))
+                video, _ = read_video(record.video, max_frames=first + frames)
+                if video.shape[:3] != (first + frames, record.height, record.width):
+                    raise RecordError(f"its video has shape {video.shape}")
+                return record, first, video[first:]
+            except (RecordError, VideoError) as error:
+                self._count_replaced(candidate % count, error)
+        raise RecordError(
+            f"{tries} records of {self._config.clips} in a row cannot be read: prepare the clips "
+            "again"
+        )
+
+    def _count_replaced(self, index: int, error: UserError) -> None:
+        with self._lock:
+            self.num_replaced += 1
+            if index in self._reported:
+                return
+            self._reported.add(index)
+        logging.warning("record %d is replaced by the next one: %s", index, error)
+
+
+def _open_clips(config: DataConfig) -> RecordReader:
+    reader = RecordReader(config.clips)
+    if reader.frames < config.frames:
+        raise UserError(
+            f"clips in {config.clips} have {reader.frames} frames or more, data.frames is "
+            f"{config.frames}: prepare them with --min_frames={config.frames}"
+        )
+    return reader
+
+
+def _cut_to_size(
+    record: Record,
+    first: int,
+    video: np.ndarray,
+    config: DataConfig,
+    with_flow: bool,
+) -> _Clip:
+    """The window of a record that begins at frame `first`, in the size that the config asks for."""
+    window = slice(first, first + config.frames)
+    height, width = config.height, config.width
+    video, transform = resize_video(video, height, width)
+    points, state = transform(record.tracks.points[:, window]), record.tracks.state[:, window]
+    known = state != TrackState.UNSPECIFIED
+    # What was seen may lie in the part that another shape of picture cuts off.
+    state = np.where(known & ~inside(points, height, width), TrackState.OUTSIDE, state)
+    flow = None
+    if with_flow:
+        if record.flow is None:
+            from nuwa_jax.motion.estimators import DISFlow
+
+            flow = DISFlow().estimate(video)
+        else:
+            flow = _resize_flow(record.flow[window], record, transform, height, width)
+        flow[0] = 0  # the first frame of a window has none before it
+    return _Clip(video, Tracks(points, state), None, flow, record.caption, record.fps)
+
+
+def _resize_flow(
+    flow: Float[np.ndarray, "t h w 2"],
+    record: Record,
+    transform: PointTransform,
+    height: int,
+    width: int,
+) -> Float[np.ndarray, "t h w 2"]:
+    # From the new picture to the record's, and from there to the reduced size of the flow.
+    scale, offset = np.array(transform.scale), np.array(transform.offset)
+    reduced = np.array([flow.shape[2] / record.width, flow.shape[1] / record.height])
+    shift = (0.5 - offset / scale) * reduced - 0.5
+    matrix = np.concatenate([np.diag(reduced / scale), shift[:, None]], axis=1)
+    resized = [
+        cv2.warpAffine(
+            frame.astype(np.float32),
+            matrix,
+            (width, height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        for frame in flow
+    ]
+    return np.stack(resized) * scale.astype(np.float32)
 
 
 def _synthesise_drags(clip: _Clip, rng: np.random.Generator, config: DataConfig) -> Tracks:
