@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from nuwa_jax.errors import UserError
+
 BASE = (r"^(autoencoder|latents)/.*", "freeze")
 NOT_DRAG = r"^(text/|unet/(?!.*(flow_|drag_)))"
 FLOW = r"^(flow_encoder/|unet/.*flow_)"
@@ -18,6 +20,7 @@ def stages() -> ConfigDict:
         condition="none",
         drop=(0.0, 0.0, 0.0),
     )
+    c.autoencoder.objective = "reconstruct"
     c.text_to_video = stage(
         rules=(BASE, (NOT_DRAG, "train"), (FLOW, "freeze"), (DRAG, "freeze")),
         condition="none",
@@ -39,6 +42,7 @@ def stages() -> ConfigDict:
 def stage(*, rules: tuple, condition: str, drop: tuple[float, float, float]) -> ConfigDict:
     """One row of the curriculum; a preset sets its steps, batch size and learning rate."""
     c = ConfigDict()
+    c.objective = "denoise"
     c.rules = rules
     c.condition = condition
     c.drop = ConfigDict(dict(zip(("text", "image", "drag"), drop, strict=True)))
@@ -47,6 +51,7 @@ def stage(*, rules: tuple, condition: str, drop: tuple[float, float, float]) -> 
     c.learning_rate = 1e-4
     c.warmup_steps = 50
     c.time_budget_minutes = 0.0
+    c.dense_to_sparse = (0.0, 0.0)
     return c
 
 
@@ -94,4 +99,14 @@ def base() -> ConfigDict:
     c.train.weight_decay = 0.01
     c.train.accumulate = 1
     c.train.max_skipped = 10
+    c.train.adam_b1, c.train.adam_b2 = 0.9, 0.999
+    c.train.decay, c.train.decay_share = "linear", 0.2
+    c.train.l1_weight, c.train.mse_weight, c.train.kl_weight = 1.0, 1.0, 1e-6
+    c.train.calibration_batches = 8
     return c
+
+
+def no_variants(arg: str | None, name: str) -> None:
+    """Refuses `--config=file.py:arg` where the file has no variants."""
+    if arg:
+        raise UserError(f"{name} has no variant {arg!r}: use --config={name}")

@@ -2,7 +2,7 @@
 
 Two forms, both leaving a trained network unchanged until they are trained themselves:
 `tokens`: each drag is one token per frame; tokens read the frame and the frame reads the tokens.
-`query_key`: an embedding of the drag is added to the query at its target and to the key at its
+`query_key`: an embedding of the handle is added to the query at the target and to the key at the
 handle in the first frame (LightningDrag, arXiv 2405.13722), so that a target finds its handle.
 """
 
@@ -55,11 +55,10 @@ class DragEmbedding(NamedTuple):
     """The drags of a sample as the U-Net sees them; positions are in units of the picture."""
 
     tokens: Float[Array, "b t k d"]
-    identity: Float[Array, "b k d"]
     position: Float[Array, "b t k 2"]
-    start: Float[Array, "b k 2"]
     present: Bool[Array, "b t k"]
-    visible: Bool[Array, "b t k"]
+    target: dict[int, Float[Array, "b t p f"]]  # by number of rows of the grid (form query_key)
+    handle: dict[int, Float[Array, "b p f"]]
     keep: Float[Array, " b"]
 
 
@@ -118,19 +117,16 @@ class DragEmbedder(nn.Module):
         depth = jnp.zeros(start.shape[:2]) if depth is None else depth
         depth = Dense(d, use_bias=False, dtype=dtype, name="depth")(depth[..., None])
 
-        identity = Mlp(d, d, dtype=dtype, name="identity")(
-            jnp.concatenate([fourier_features(start, frequencies), start], axis=-1)
-        )
         tokens = geometry + base.astype(dtype) + states + (found + depth)[:, None]
-        return DragEmbedding(
-            tokens=tokens,
-            identity=identity,
-            position=position,
-            start=start,
-            present=state != UNSPECIFIED,
-            visible=state == VISIBLE,
-            keep=keep,
-        )
+        target, handle = {}, {}
+        if "query_key" in config.forms:
+            sharpness = jax.nn.softplus(self.param("sharpness", nn.initializers.constant(50.0), ()))
+            height, width = first_frame.shape[1:3]
+            for level in config.levels:
+                grid = grid_positions(height // 2**level, width // 2**level)
+                maps = correspondence_maps(grid, position, state == VISIBLE, sharpness, frequencies)
+                target[height // 2**level], handle[height // 2**level] = maps
+        return DragEmbedding(tokens, position, state != UNSPECIFIED, target, handle, keep)
 
 
 class DragLayer(nn.Module):
@@ -237,8 +233,8 @@ class TokenAttention(nn.Module):
 class CorrespondenceAttention(nn.Module):
     """Frame t looks up the first frame: target embeddings on queries, handle embeddings on keys.
 
-    The embedding of a drag is spread over its neighbourhood by a Gaussian whose width is learned.
-    Occluded and unspecified points spread nothing.
+    Both embeddings go through one projection, so that a query agrees most with the key of the place
+    it comes from, before anything is learned.
     """
 
     config: DragAttentionConfig
@@ -249,29 +245,15 @@ class CorrespondenceAttention(nn.Module):
         self, x: Float[Array, "b t h w c"], drags: DragEmbedding
     ) -> Float[Array, "b t h w c"]:
         dtype, d, heads = self.dtype, self.config.token_channels, self.config.heads
-        b, t, h, w, c = x.shape
-        grid = grid_positions(h, w)
-        sharpness = jax.nn.softplus(
-            self.param("drag_sharpness", nn.initializers.constant(50.0), ())
-        )
-
-        def spread(position: Array, weight: Array, value: Array) -> Array:
-            squared = jnp.sum((grid[:, None] - position[..., None, :, :]) ** 2, axis=-1)
-            splat = jnp.exp(-sharpness * squared) * weight[..., None, :]
-            return jnp.einsum("...pk,...kd->...pd", splat.astype(dtype), value)
-
-        identity = drags.identity
-        per_frame = jnp.broadcast_to(identity[:, None], (b, t, *identity.shape[1:]))
-        target = spread(drags.position, drags.visible.astype(jnp.float32), per_frame)
-        handle = spread(drags.start, drags.visible[:, 0].astype(jnp.float32), identity)
-
+        t, h, c = x.shape[1], x.shape[2], x.shape[4]
         pixels = rearrange(x, "b t h w c -> b t (h w) c")
         normed = layer_norm("drag_norm", dtype)(pixels)
         first = normed[:, 0]
+        place = Dense(d, use_bias=False, dtype=dtype, name="drag_place")
         query = Dense(d, use_bias=False, dtype=dtype, name="drag_q")(normed)
-        query = query + Dense(d, dtype=dtype, name="drag_target")(target)
+        query = query + place(drags.target[h].astype(dtype))
         key = Dense(d, use_bias=False, dtype=dtype, name="drag_k")(first)
-        key = key + Dense(d, dtype=dtype, name="drag_handle")(handle)
+        key = key + place(drags.handle[h].astype(dtype))
         value = Dense(d, use_bias=False, dtype=dtype, name="drag_v")(first)
         out = dot_product_attention(
             rearrange(query, "b t p (e d) -> b (t p) e d", e=heads),
@@ -282,6 +264,38 @@ class CorrespondenceAttention(nn.Module):
         out = Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="drag_out")(out)
         pixels = pixels + drags.keep[:, None, None, None].astype(dtype) * out
         return rearrange(pixels, "b t (h w) c -> b t h w c", h=h)
+
+
+def correspondence_maps(
+    grid: Float[Array, "p 2"],
+    position: Float[Array, "b t k 2"],
+    visible: Bool[Array, "b t k"],
+    sharpness: Float[Array, ""],
+    num_frequencies: int,
+) -> tuple[Float[Array, "b t p f"], Float[Array, "b p f"]]:
+    """Where in the first frame each cell of each frame comes from, as Fourier features.
+
+    A cell near drag k in frame t comes from its own place less what the drag has moved: an object
+    moves as a whole. Each drag acts on a Gaussian neighbourhood, `exp(-sharpness * distance²)`
+    (distances in units of the picture); where several drags act, their features are averaged.
+    Occluded, outside and unspecified points act on nothing.
+
+    Returns:
+      Target features per frame, and handle features: those of the first frame's own cells.
+    """
+
+    def weigh(position: Array, visible: Array) -> Array:
+        squared = jnp.sum((grid[:, None] - position[..., None, :, :]) ** 2, axis=-1)
+        weight = jnp.exp(-sharpness * squared) * visible[..., None, :]
+        return weight / jnp.maximum(1.0, jnp.sum(weight, axis=-1, keepdims=True))
+
+    moved = position - position[:, :1]
+    source = grid[:, None] - moved[:, :, None]
+    target = jnp.einsum(
+        "btpk,btpkf->btpf", weigh(position, visible), fourier_features(source, num_frequencies)
+    )
+    near = jnp.sum(weigh(position[:, 0], visible[:, 0]), axis=-1, keepdims=True)
+    return target, near * fourier_features(grid, num_frequencies)
 
 
 def grid_positions(height: int, width: int) -> Float[Array, "p 2"]:

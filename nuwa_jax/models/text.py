@@ -18,6 +18,7 @@ class TextEncoderConfig:
     """Sizes of the byte-level transformer.
 
     `stride` bytes make one token of the context: cross-attention costs that much less.
+    `max_length` is in bytes.
     """
 
     channels: int = 128
@@ -52,7 +53,9 @@ class TextEncoder(nn.Module):
         x = x.reshape(-1, tokens, config.stride * config.channels)
         x = Dense(config.channels, dtype=dtype, name="merge")(x)
         positions = self.param(
-            "positions", nn.initializers.normal(0.02), (config.max_length, config.channels)
+            "positions",
+            nn.initializers.normal(0.02),
+            (config.max_length // config.stride, config.channels),
         )
         x = x + positions[:tokens].astype(dtype)
         for i in range(config.layers):
