@@ -182,14 +182,15 @@ def write_video(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"crf": str(crf)}
-        # The index in front lets browsers play while they load.
-        _encode(str(temporary), video, fps, options, {"movflags": "+faststart"}, metadata or {})
-        os.replace(temporary, path)
-    except OSError as error:  # av.FFmpegError of files are OSErrors too
+        try:
+            options = {"crf": str(crf)}
+            # The index in front lets browsers play while they load.
+            _encode(str(temporary), video, fps, options, {"movflags": "+faststart"}, metadata or {})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def encode_video(video: UInt8[np.ndarray, "t h w 3"], fps: float, *, crf: int = 18) -> bytes:
@@ -202,7 +203,7 @@ def encode_video(video: UInt8[np.ndarray, "t h w 3"], fps: float, *, crf: int = 
 
 def resize_video(
     video: UInt8[np.ndarray, "t h w 3"], height: int, width: int
-) -> tuple[UInt8[np.ndarray, "t {height} {width} 3"], PointTransform]:
+) -> tuple[UInt8[np.ndarray, "t h w 3"], PointTransform]:
     """Fills height x width: crops the middle of the right shape, averages it down.
 
     Returns:
