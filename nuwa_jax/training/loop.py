@@ -1,0 +1,314 @@
+"""The whole training run: its stages in order, each from where it was left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from nuwa_jax.data.pipeline import DataConfig, make_batches, to_device
+from nuwa_jax.errors import UserError
+from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
+from nuwa_jax.training.curriculum import LATENTS, Params, Stage, stages_from_config
+from nuwa_jax.training.optim import learning_rate, make_optimizer
+from nuwa_jax.training.progress import Progress
+from nuwa_jax.training.state import TrainState, init_state
+from nuwa_jax.training.step import init_key, make_train_step, to_float
+
+# Steps given to the device before the host waits for one. It bounds how late a metric is read, and
+# so how far training runs on after something went wrong.
+RUN_AHEAD = 2
+
+# (averaged params, stage, step) -> clips that show what the model can do by now.
+SampleFn = Callable[[Params, Stage, int], UInt8[np.ndarray, "b t h w 3"]]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: `signal` is what stopped it early, or None if all stages are done."""
+
+    stage: str
+    step: int
+    signal: int | None
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: str | Path, sample_fn: SampleFn | None = None
+) -> Result:
+    """Runs the stages of `config.curriculum`, going on where `workdir` was left.
+
+    On one platform, a run that was stopped or killed at any point and started again gives bit for
+    bit the numbers of one that was not, but for stages with a time budget, whose length depends
+    on the clock. SIGTERM and SIGINT save a checkpoint after the running step and end the run.
+
+    Args:
+      config: of a file in configs/.
+      workdir: where checkpoints, metrics.jsonl, tensorboard/ and samples/ go.
+      sample_fn: makes the clips to show every `config.train.sample_every` steps.
+
+    Raises:
+      UserError: the config makes no sense or is not that of the checkpoints in `workdir`.
+      NonFiniteError: more than `config.train.max_skipped` steps in a row were not finite.
+    """
+    workdir = Path(workdir)
+    stages = stages_from_config(config)
+    for key in ("log_every", "checkpoint_every"):
+        if config.train[key] < 1:
+            raise UserError(f"train.{key} must be at least 1, got {config.train[key]}")
+    run = _Run(config, workdir, stages, sample_fn)
+    with _stop_requested() as stop:
+        params, position = None, 0
+        for stage in stages:
+            with StageCheckpoints(workdir, stage.label, config.train.keep) as checkpoints:
+                latest = checkpoints.latest()
+                meta = None if latest is None else checkpoints.meta(latest)
+                if meta is not None:
+                    check_same_run(config, meta, workdir)
+                if meta is None or not meta.done:
+                    if params is None:
+                        params = run.params_before(stage)
+                    meta, params = run.run_stage(stage, checkpoints, meta, params, position, stop)
+                if not meta.done:
+                    return Result(stage.name, meta.step, stop.signal)
+                position = meta.position
+    return Result(stage.name, meta.step, None)
+
+
+class _Run:
+    """What all stages of a run share."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        stages: Sequence[Stage],
+        sample_fn: SampleFn | None,
+    ) -> None:
+        self.config, self.workdir, self.stages = config, workdir, stages
+        self.sample_fn = sample_fn
+        self.model = VideoLDM.from_config(config.model)
+        self.data = DataConfig.from_config(config.data)
+        self.plain = plain_config(config)
+        self.main = jax.process_index() == 0
+
+    def params_before(self, stage: Stage) -> Params:
+        """What a stage starts from: the averages of the one before it, or random numbers."""
+        if stage.index == 0:
+            data = self.data
+            size = dict(height=data.height, width=data.width, frames=data.frames)
+            return self.model.init(init_key(self.config.seed), **size)
+        before = self.stages[stage.index - 1]
+        with StageCheckpoints(self.workdir, before.label) as checkpoints:
+            return checkpoints.restore_params(checkpoints.latest())
+
+    def run_stage(
+        self,
+        stage: Stage,
+        checkpoints: StageCheckpoints,
+        meta: Meta | None,
+        params: Params,
+        position: int,
+        stop: _Stop,
+    ) -> tuple[Meta, Params]:
+        """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents."""
+        config, train = self.config, self.config.train
+        state = init_state(params, stage, make_optimizer(train))
+        if meta is None:
+            meta = Meta(self.plain, stage.name, stage.index, 0, position, 0.0, False, [])
+            if stage.index == 0 and self.main:
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(self.plain, indent=2) + "\n"
+                (self.workdir / "config.json").write_text(text)
+        else:
+            state = checkpoints.restore(meta.step, state, stage)
+            self._say(f"{stage.name}: going on at step {meta.step} of {stage.steps}")
+        if meta.step == 0:
+            self._say(f"{stage.name}: {_count(state.params)} of {_count(params)} parameters train")
+        step_fn = make_train_step(self.model, config, stage)
+        progress = Progress(
+            self.workdir,
+            self.stages,
+            stage,
+            log_every=train.log_every,
+            first_step=meta.step,
+            elapsed=meta.elapsed,
+            window=meta.window,
+            write=self.main,
+        )
+        batches = self._batches(stage, meta.position)
+        in_flight: deque[tuple[int, dict[str, Array]]] = deque()
+
+        def finish_steps(ahead: int) -> None:
+            """Reads metrics until at most `ahead` steps are under way."""
+            while len(in_flight) > ahead:
+                at, metrics = in_flight.popleft()
+                metrics = jax.device_get(metrics)
+                progress.step(at, metrics)
+                if metrics["skipped"] > train.max_skipped:
+                    raise NonFiniteError(
+                        f"stage {stage.name}: {int(metrics['skipped'])} steps in a row up to step "
+                        f"{at} had a loss or gradient that is not finite; the last checkpoint is "
+                        "from before them: lower the learning rate or look at the data"
+                    )
+
+        with closing(progress), closing(batches):
+            step, done, saved = meta.step, False, True
+            while True:
+                share = _share(stage, step, progress.elapsed)
+                done = share >= 1
+                if done or stop.signal is not None:
+                    break
+                start = time.monotonic()
+                batch = next(batches)
+                progress.waited(time.monotonic() - start)
+                rate = learning_rate(stage, train, step, share)
+                state, metrics = step_fn(
+                    state, to_device(batch), jnp.float32(rate), jnp.float32(share)
+                )
+                step, saved = step + 1, False
+                in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
+                finish_steps(RUN_AHEAD)
+                if train.sample_every and step % train.sample_every == 0:
+                    self._sample(state, stage, step, progress)
+                if step % train.checkpoint_every == 0 and step < stage.steps:
+                    finish_steps(0)
+                    meta = self._meta(meta, step, batches.next_index, progress, done=False)
+                    checkpoints.save(state, meta)
+                    saved = True
+            finish_steps(0)
+            if done and stage.objective == "reconstruct":
+                state = self._calibrate(state, stage)
+            if done or not saved:
+                meta = self._meta(meta, step, batches.next_index, progress, done=done)
+                checkpoints.save(state, meta)
+        return meta, state.all_ema()
+
+    def _batches(self, stage: Stage, position: int) -> Any:
+        return make_batches(
+            self.data,
+            seed=self.config.seed,
+            batch_size=stage.batch_size,
+            start_index=position,
+            shard=jax.process_index(),
+            num_shards=jax.process_count(),
+            with_flow=stage.needs_flow,
+        )
+
+    def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
+        """Gives latents zero mean and unit deviation per channel, over the data's first batches."""
+        with closing(self._batches(stage, 0)) as batches:
+            videos = [next(batches).video for _ in range(self.config.train.calibration_batches)]
+        latents = calibrate_latents(self.model, state.all_ema(), videos)
+        return state._replace(frozen={**state.frozen, LATENTS: latents})
+
+    def _sample(self, state: TrainState, stage: Stage, step: int, progress: Progress) -> None:
+        if self.sample_fn is None:
+            return
+        video = self.sample_fn(state.all_ema(), stage, step)
+        progress.video("samples", video, self.data.fps, step)
+
+    def _meta(
+        self, meta: Meta, step: int, position: int, progress: Progress, *, done: bool
+    ) -> Meta:
+        return dataclasses.replace(
+            meta,
+            config=self.plain,
+            step=step,
+            position=position,
+            elapsed=progress.elapsed,
+            done=done,
+            window=list(progress.window),
+        )
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+def calibrate_latents(
+    model: VideoLDM, params: Params, videos: Sequence[UInt8[np.ndarray, "b t h w 3"]]
+) -> dict[str, Float[Array, " c"]]:
+    """`params["latents"]` with which latents of `videos` have zero mean, unit deviation per channel.
+
+    A channel that hardly varies (less than 1 % of the liveliest one's deviation) is not blown up
+    beyond 100 times.
+    """
+    posterior = jax.jit(lambda p, video: model.posterior(p, to_float(video))[0])
+    count, total, squares = 0, 0.0, 0.0
+    for video in videos:
+        z = np.asarray(posterior(params, video), np.float64).reshape(-1, _channels(params))
+        count, total, squares = count + len(z), total + z.sum(0), squares + (z**2).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    if not std.max() > 0:
+        raise UserError(
+            "the autoencoder's latents are constant over the data: train it longer before the "
+            "stages that build on it (stages.autoencoder.steps)"
+        )
+    scale = 1.0 / np.maximum(std, 0.01 * std.max())
+    return {"mean": jnp.asarray(mean, jnp.float32), "scale": jnp.asarray(scale, jnp.float32)}
+
+
+def _channels(params: Params) -> int:
+    return params[LATENTS]["mean"].shape[0]
+
+
+def _share(stage: Stage, step: int, elapsed: float) -> float:
+    """Share of the stage that is done; a function of the step alone if there is no time budget."""
+    share = step / stage.steps
+    if stage.time_budget_minutes:
+        share = max(share, elapsed / (60 * stage.time_budget_minutes))
+    return min(1.0, share)
+
+
+def _count(params: Params) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Set by a signal: stop at the next step boundary."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_requested() -> Iterator[_Stop]:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    previous = {}
+
+    def note(number: int, _: object) -> None:
+        stop.signal = number
+        signal.signal(number, previous[number])
+        os.write(2, b"stopping: saving a checkpoint after this step\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""What a training step carries forward."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from nuwa_jax.training.curriculum import Params, Stage, merge, partition_for
+
+
+class TrainState(NamedTuple):
+    """State of a stage after `step` steps; a pytree whose buffers the step takes over.
+
+    `params`, `ema` and `opt_state` hold the stage's trainable part alone. There is no random key:
+    each step derives its own from the seed, the stage and `step`.
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]  # steps in a row left out because loss or gradient was not finite
+    params: Params
+    frozen: Params
+    ema: Params
+    opt_state: Any
+
+    def all_params(self) -> Params:
+        """Trainable and frozen parameters, as the model takes them."""
+        return merge(self.params, self.frozen)
+
+    def all_ema(self) -> Params:
+        """As `all_params`, with the running average in place of what is being trained."""
+        return merge(self.ema, self.frozen)
+
+
+def init_state(params: Params, stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at the start of a stage; the running average starts at `params` itself."""
+    trainable, frozen = partition_for(stage, params)
+    copy = lambda tree: jax.tree.map(lambda a: jnp.array(a, copy=True), tree)  # noqa: E731
+    # Copies, because the step donates every buffer and none may be given away twice.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=copy(trainable),
+        frozen=copy(frozen),
+        ema=copy(trainable),
+        opt_state=optimizer.init(trainable),
+    )

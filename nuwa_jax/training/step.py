@@ -1,0 +1,219 @@
+"""One training step: losses, gradients, update; all of it inside one compiled function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from nuwa_jax.data.batch import Batch
+from nuwa_jax.diffusion import edm
+from nuwa_jax.errors import UserError
+from nuwa_jax.models.video_ldm import Drop, VideoLDM
+from nuwa_jax.motion.raster import rasterize
+from nuwa_jax.training.curriculum import Params, Stage, merge
+from nuwa_jax.training.optim import clip_by_norm, ema_update, make_optimizer
+from nuwa_jax.training.state import TrainState
+
+Metrics = dict[str, Array]
+TrainStep = Callable[[TrainState, Batch, float, float], tuple[TrainState, Metrics]]
+
+
+def make_train_step(model: VideoLDM, config: Any, stage: Stage) -> TrainStep:
+    """Compiles the step of a stage.
+
+    Returns:
+      `step(state, batch, learning_rate, progress) -> (state, metrics)`; `state` is donated,
+      `progress` in [0, 1] is the share of the stage that is done, and metrics are scalars on the
+      device. A step whose loss or gradient is not finite changes neither the parameters nor the
+      optimizer nor the running average; `metrics["skipped"]` counts such steps in a row.
+
+    Raises:
+      UserError: the batch size is not a multiple of `config.train.accumulate`.
+    """
+    train = config.train
+    if train.accumulate < 1 or stage.batch_size % train.accumulate:
+        raise UserError(
+            f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
+            f"train.accumulate={train.accumulate}"
+        )
+    optimizer = make_optimizer(train)
+    loss_fn = make_loss(model, config, stage)
+
+    def step(
+        state: TrainState, batch: Batch, learning_rate: Array, progress: Array
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(stage_key(config.seed, stage.index), state.step)
+        draws = draw(key, model, stage, batch, config.diffusion)
+        grad_fn = jax.value_and_grad(
+            lambda params, b, d: loss_fn(merge(params, state.frozen), b, d, progress),
+            has_aux=True,
+        )
+        (loss, metrics), grads = _accumulate(
+            grad_fn, state.params, (batch, draws), train.accumulate
+        )
+        norm = optax.tree.norm(grads)
+        grads = clip_by_norm(grads, norm, train.clip_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        ema = ema_update(state.ema, params, state.step, train.ema_decay)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = lambda new, old: jax.tree.map(  # noqa: E731
+            lambda n, o: jnp.where(finite, n, o), new, old
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        state = TrainState(
+            step=state.step + 1,
+            skipped=skipped,
+            params=keep(params, state.params),
+            frozen=state.frozen,
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+        )
+        return state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class Draws(NamedTuple):
+    """All that is random in a step, drawn for the whole batch before it is cut up.
+
+    So micro-batches see exactly what one large batch would.
+    """
+
+    noise: Float[Array, "b t h w c"]
+    sigma: Float[Array, " b"]
+    drop: Drop
+    dense: Float[Array, " b"]  # uniform in [0, 1): below the probability, the dense flow is shown
+
+
+def draw(key: PRNGKeyArray, model: VideoLDM, stage: Stage, batch: Batch, diffusion: Any) -> Draws:
+    """Noise (standard normal), noise levels (log-normal), and who goes without what."""
+    keys = dict(
+        zip(
+            ("noise", "sigma", "text", "image", "drag", "dense"),
+            jax.random.split(key, 6),
+            strict=True,
+        )
+    )
+    b, t, h, w, _ = batch.video.shape
+
+    def dropped(name: str) -> Bool[Array, " b"]:
+        return jax.random.bernoulli(keys[name], getattr(stage.drop, name), (b,))
+
+    return Draws(
+        noise=jax.random.normal(keys["noise"], (b, *model.latent_shape(h, w, t))),
+        sigma=edm.sample_sigmas(keys["sigma"], (b,), diffusion.p_mean, diffusion.p_std),
+        drop=Drop(text=dropped("text"), image=dropped("image"), drag=dropped("drag")),
+        dense=jax.random.uniform(keys["dense"], (b,)),
+    )
+
+
+def make_loss(model: VideoLDM, config: Any, stage: Stage) -> Callable[..., Any]:
+    """`loss(params, batch, draws, progress) -> (scalar, metrics)` of the stage's objective."""
+    if stage.objective == "reconstruct":
+        train = config.train
+
+        def reconstruct(
+            params: Params, batch: Batch, draws: Draws, progress: Array
+        ) -> tuple[Array, Metrics]:
+            del progress
+            video = to_float(batch.video)
+            mean, log_variance = model.posterior(params, video)
+            z = mean + jnp.exp(0.5 * log_variance) * draws.noise
+            error = model.decode_raw(params, z) - video
+            l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+            # KL divergence from N(0, 1), per latent value (Kingma & Welling 2014, appendix B).
+            kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
+            loss = train.l1_weight * l1 + train.mse_weight * mse + train.kl_weight * kl
+            return loss, {"l1": l1, "mse": mse, "kl": kl}
+
+        return reconstruct
+
+    def denoise(
+        params: Params, batch: Batch, draws: Draws, progress: Array
+    ) -> tuple[Array, Metrics]:
+        video = to_float(batch.video)
+        clean = jax.lax.stop_gradient(model.encode(params, video))
+        x = clean + draws.sigma[:, None, None, None, None] * draws.noise
+        condition = training_condition(model, params, config, stage, batch, draws, progress)
+        denoised = model.denoise(params, x, draws.sigma, condition)
+        return jnp.mean(edm.denoising_loss(denoised, clean, draws.sigma)), {}
+
+    return denoise
+
+
+def training_condition(
+    model: VideoLDM,
+    params: Params,
+    config: Any,
+    stage: Stage,
+    batch: Batch,
+    draws: Draws,
+    progress: Array,
+) -> Any:
+    """What the model is shown of a batch in this stage (`model.condition`)."""
+    t, h, w = batch.video.shape[1:4]
+    flow = points = state = None
+    if stage.condition == "flow":
+        flow = batch.flow.astype(jnp.float32)
+    elif stage.condition == "drag":
+        points, state = batch.points, batch.state.astype(jnp.int32)
+        flow = rasterize(
+            points, state, h, w, sigma=config.raster.sigma, kernel_size=config.raster.kernel_size
+        )
+        if stage.needs_flow:
+            start, end = stage.dense_to_sparse
+            dense = draws.dense < start + (end - start) * progress
+            flow = jnp.where(dense[:, None, None, None, None], batch.flow.astype(flow.dtype), flow)
+    return model.condition(
+        params,
+        frames=t,
+        size=(h, w),
+        image=to_float(batch.video[:, 0]),
+        text=batch.text,
+        flow=flow,
+        points=points,
+        state=state,
+        fps=batch.fps,
+        drop=draws.drop,
+    )
+
+
+def to_float(video: Array) -> Float[Array, "..."]:
+    """uint8 in [0, 255] to float32 in [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def init_key(seed: int) -> PRNGKeyArray:
+    """The key that initialises the parameters."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def stage_key(seed: int, index: int) -> PRNGKeyArray:
+    """The key from which each step of a stage folds its own; never the one of `init_key`."""
+    return jax.random.fold_in(jax.random.key(seed), 1 + index)
+
+
+def _accumulate(grad_fn: Callable[..., Any], params: Params, data: Any, parts: int) -> Any:
+    """Mean of `grad_fn(params, *part)` over equal parts of the batch, one part in memory at a time.
+
+    Part i takes every `parts`-th sample, which leaves samples on the devices they are on.
+    """
+    if parts == 1:
+        return grad_fn(params, *data)
+    split = jax.tree.map(lambda a: rearrange(a, "(b parts) ... -> parts b ...", parts=parts), data)
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda a: a[0], split))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+    total, _ = jax.lax.scan(add, zero, split)
+    return jax.tree.map(lambda a: a / parts, total)

@@ -1,0 +1,45 @@
+"""Trains a model through its curriculum, or goes on with a run that was stopped.
+
+python train.py --config=configs/tiny.py --workdir=runs/tiny
+python train.py --config=configs/tiny.py --workdir=runs/tiny --config.stages.drag.steps=2000
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from nuwa_jax.errors import UserError, run_main
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is stored; may exist already.")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config and exit.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags to config to one call."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected arguments {argv[1:]}: options start with --")
+    if CONFIG.value is None:
+        raise UserError("give --config=FILE, for example --config=configs/tiny.py")
+    if PRINT_CONFIG.value:
+        print(CONFIG.value)
+        return
+    if not WORKDIR.value:
+        raise UserError("give --workdir=DIR, where the run is to be stored")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+
+    from nuwa_jax.training.loop import train
+
+    result = train(CONFIG.value, WORKDIR.value)
+    if result.signal is not None:
+        print(f"stopped in {result.stage} after step {result.step}: run again to go on", flush=True)
+        sys.exit(128 + result.signal)
+    print(f"done: {WORKDIR.value}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
