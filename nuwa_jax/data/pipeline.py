@@ -88,11 +88,11 @@ class DataConfig:
     perturb: PerturbConfig = PerturbConfig()
 
     def __post_init__(self) -> None:
-        size = {name: getattr(self, name) for name in ("height", "width", "frames", "fps")}
-        object.__setattr__(self, "scenes", dataclasses.replace(self.scenes, **size))
         for name in ("height", "width", "frames", "max_drags", "text_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is at least 1, got {getattr(self, name)}")
+        if not self.fps > 0:
+            raise UserError(f"data.fps is above 0, got {self.fps}")
         for name in ("scenes_weight", "clips_weight", "threads", "prefetch"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} is at least 0, got {getattr(self, name)}")
@@ -112,6 +112,8 @@ class DataConfig:
                 f"data.sampler.max_count {self.sampler.max_count} is more than data.max_drags "
                 f"{self.max_drags}: drags would not fit"
             )
+        size = {name: getattr(self, name) for name in ("height", "width", "frames", "fps")}
+        object.__setattr__(self, "scenes", dataclasses.replace(self.scenes, **size))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DataConfig:
