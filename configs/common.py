@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from nuwa_jax.errors import UserError
 
-BASE = (r"^(autoencoder|latents)/.*", "freeze")
+BASE = (r"^(autoencoder|latents|image_encoder)/", "freeze")
 NOT_DRAG = r"^(text/|unet/(?!.*(flow_|drag_)))"
 FLOW = r"^(flow_encoder/|unet/.*flow_)"
 DRAG = r"^(drag/|unet/.*drag_)"
@@ -16,7 +16,10 @@ def stages() -> ConfigDict:
     """The four stages; each rule is (regex over the parameter's path, "train" or "freeze")."""
     c = ConfigDict()
     c.autoencoder = stage(
-        rules=((r"^autoencoder/", "train"), (r"^(latents|text|unet|flow_encoder|drag)/", "freeze")),
+        rules=(
+            (r"^autoencoder/", "train"),
+            (r"^(latents|text|image_encoder|unet|flow_encoder|drag)/", "freeze"),
+        ),
         condition="none",
         drop=(0.0, 0.0, 0.0),
     )
@@ -110,3 +113,49 @@ def no_variants(arg: str | None, name: str) -> None:
     """Refuses `--config=file.py:arg` where the file has no variants."""
     if arg:
         raise UserError(f"{name} has no variant {arg!r}: use --config={name}")
+
+
+def full_size() -> ConfigDict:
+    """SVD's sizes at 320x576, what the three presets have in common."""
+    c = base()
+    c.data.height, c.data.width, c.data.frames = 320, 576, 14
+    c.data.text_length = 256
+    c.data.scenes_weight, c.data.clips_weight = 0.0, 1.0
+    c.model.dtype = "bfloat16"
+    c.model.autoencoder = ConfigDict()
+    c.model.unet = ConfigDict(dict(remat=True))
+    for stage in c.stages.values():
+        stage.batch_size = 64
+        stage.steps = 100_000
+        stage.learning_rate = 1e-5
+        stage.warmup_steps = 1000
+    c.stages.autoencoder.learning_rate = 1e-4
+    c.stages.text_to_video.learning_rate = 1e-4
+    return c
+
+
+def variant(c: ConfigDict, arg: str | None, name: str) -> ConfigDict:
+    """The config itself, or for `small` the same at widths and sizes that a CPU can step."""
+    if not arg:
+        return c
+    if arg != "small":
+        raise UserError(f"{name} has no variant {arg!r}: use --config={name} or {name}:small")
+    c.data.height, c.data.width, c.data.frames = 32, 64, 3
+    c.data.text_length = 32
+    c.data.scenes_weight, c.data.clips_weight = 1.0, 0.0
+    c.model.dtype = "float32"
+    c.model.autoencoder.update(base_channels=16, channel_mult=(1, 1), num_res_blocks=1)
+    c.model.unet.update(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(1,)
+    )
+    c.model.unet.head_channels = 16
+    if "text" in c.model:
+        c.model.text.update(channels=32, layers=1, heads=2)
+    if "drag" in c.model:
+        c.model.drag.update(levels=(0, 1), token_channels=32, heads=2)
+    if "image_encoder" in c.model:
+        c.model.image_encoder.update(width=32, layers=1, heads=2, projection=32, image_size=56)
+    for stage in c.stages.values():
+        stage.update(steps=2, batch_size=2, warmup_steps=1)
+    c.train.update(log_every=1, checkpoint_every=100, sample_every=0, calibration_batches=1)
+    return c

@@ -329,4 +329,5 @@ def log_spaced_locality(
     """Heads from almost global to about an eighth of the picture wide (before softplus)."""
     del key
     wanted = jnp.logspace(0.0, 2.0, shape[1])  # penalty at distance 1: from 1 to 100
-    return jnp.broadcast_to(jnp.log(jnp.expm1(wanted)), shape).astype(dtype)
+    # The inverse of softplus, in the form that does not overflow.
+    return jnp.broadcast_to(wanted + jnp.log(-jnp.expm1(-wanted)), shape).astype(dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
+from nuwa_jax.models.clip import ClipVision, ClipVisionConfig, preprocess
 from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, DragEmbedding
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowFeature, FlowHeads
 from nuwa_jax.models.layers import sinusoids
@@ -45,16 +46,27 @@ class VideoLDM:
 
     `params` is a plain nested dict with one entry per part: `autoencoder`, `latents` (mean and
     scale per channel, measured, never trained), `unet` and, where configured, `text`,
-    `flow_encoder`, `drag`. A condition that is not given, and one that is dropped, leave the
-    network as it is without that part.
+    `image_encoder`, `flow_encoder`, `drag`. A condition that is not given, and one that is dropped,
+    leave the network as it is without that part.
+
+    The first frame enters as latents concatenated to the noisy ones (`image_concat`; in the
+    autoencoder's own scale if `image_concat_raw`, as SVD wants it; with a channel that marks the
+    known frame if `image_mask`) and, with an `image_encoder`, as one token of the context.
+    `augmentation` is the deviation of the noise added to the picture whose latents are concatenated
+    (SVD: 0.02). `vector` names the numbers whose sinusoids are added to the time embedding: any of
+    "fps", "motion_bucket", "augmentation".
     """
 
     autoencoder: AutoencoderConfig
     unet: UNetConfig
     flow_encoder: FlowEncoderConfig | None = None
     text: TextEncoderConfig | None = None
+    image_encoder: ClipVisionConfig | None = None
     vector: tuple[str, ...] = ("fps",)
+    motion_bucket: float = 4.0
+    augmentation: float = 0.0
     image_concat: bool = True
+    image_concat_raw: bool = False
     image_mask: bool = True
     dtype: Any = jnp.float32
 
@@ -77,7 +89,11 @@ class VideoLDM:
             unet=unet,
             flow_encoder=flow,
             text=_section(TextEncoderConfig, config.get("text")),
+            image_encoder=_section(ClipVisionConfig, config.get("image_encoder")),
             vector=tuple(config.vector),
+            motion_bucket=config.get("motion_bucket", 4.0),
+            augmentation=config.get("augmentation", 0.0),
+            image_concat_raw=config.get("image_concat_raw", False),
             image_concat=config.image_concat,
             image_mask=config.image_mask,
             dtype=jnp.dtype(config.dtype),
@@ -104,8 +120,8 @@ class VideoLDM:
         t, h, w, c = self.latent_shape(height, width, frames)
         keys = dict(
             zip(
-                ("encoder", "decoder", "text", "flow", "heads", "drag", "unet"),
-                jax.random.split(key, 7),
+                ("encoder", "decoder", "text", "flow", "heads", "drag", "unet", "image"),
+                jax.random.split(key, 8),
                 strict=True,
             )
         )
@@ -121,6 +137,10 @@ class VideoLDM:
         }
         if self.text is not None:
             params["text"] = _init(self._text, keys["text"], jnp.zeros((1, 1), jnp.int32))
+        if self.image_encoder is not None:
+            side = self.image_encoder.image_size
+            pixels = jnp.zeros((1, side, side, 3))
+            params["image_encoder"] = _init(self._image_encoder, keys["image"], pixels)
         if self.flow_encoder is not None:
             flow = jnp.zeros((1, t, height, width, 2))
             encoder = _init(self._flow_encoder, keys["flow"], flow)
@@ -202,6 +222,7 @@ class VideoLDM:
         points: Float[Array, "b k t 2"] | None = None,
         state: Int[Array, "b k t"] | None = None,
         fps: Float[Array, " b"] | None = None,
+        noise: Float[Array, "b H W 3"] | None = None,
         drop: Drop | None = None,
     ) -> Condition:
         """Everything that does not depend on the noisy latents.
@@ -215,6 +236,7 @@ class VideoLDM:
           flow: dense or rasterised flow, pixels per frame; `flow[:, 0] = 0`.
           points: drags in pixels, with their `state`.
           fps: frames per second; enters where the config's `vector` names it.
+          noise: standard normal, for `augmentation`; without it nothing is added.
           drop: samples from which a condition is withheld.
         """
         given = [a for a in (image, text, flow, points, fps) if a is not None]
@@ -228,7 +250,13 @@ class VideoLDM:
         has_image = jnp.zeros((b,))
         if image is not None:
             has_image = 1.0 - drop.image.astype(jnp.float32)
-            first = self.encode(params, image[:, None])[:, 0] * has_image[:, None, None, None]
+            picture = image
+            if self.augmentation and noise is not None:
+                picture = image + self.augmentation * noise
+            first = self.posterior(params, picture[:, None])[0][:, 0]
+            if not self.image_concat_raw:
+                first = self.normalize(params, first)
+            first = first * has_image[:, None, None, None]
         concat = None
         if self.image_concat:
             parts = [jnp.broadcast_to(first[:, None], (b, t, h, w, c))]
@@ -244,6 +272,18 @@ class VideoLDM:
             text = jnp.where(drop.text[:, None], 0, text)
             context, mask = self._text.apply({"params": params["text"]}, text)
 
+        if self.image_encoder is not None:
+            embedding = jnp.zeros((b, self.image_encoder.projection))
+            if image is not None:
+                pixels = preprocess(image, self.image_encoder.image_size)
+                embedding = self._image_encoder.apply({"params": params["image_encoder"]}, pixels)
+                embedding = embedding * has_image[:, None]
+            if context is None:
+                context = embedding[:, None]
+            else:
+                context = jnp.concatenate([context, embedding[:, None]], axis=1)
+                mask = jnp.concatenate([mask, jnp.ones((b, 1), bool)], axis=1)
+
         keep = 1.0 - drop.drag.astype(jnp.float32)
         features = None
         if self.flow_encoder is not None and flow is not None:
@@ -258,7 +298,11 @@ class VideoLDM:
 
         vector = None
         if self.vector:
-            numbers = {"fps": jnp.zeros((b,)) if fps is None else fps}
+            numbers = {
+                "fps": jnp.zeros((b,)) if fps is None else fps,
+                "motion_bucket": jnp.full((b,), self.motion_bucket),
+                "augmentation": jnp.full((b,), self.augmentation),
+            }
             vector = jnp.concatenate(
                 [sinusoids(numbers[name], VECTOR_CHANNELS) for name in self.vector], axis=-1
             )
@@ -308,6 +352,10 @@ class VideoLDM:
         return TextEncoder(self.text, self.dtype)
 
     @property
+    def _image_encoder(self) -> ClipVision:
+        return ClipVision(self.image_encoder, self.dtype)
+
+    @property
     def _flow_encoder(self) -> FlowEncoder:
         unet = self.unet
         return FlowEncoder(
@@ -333,10 +381,11 @@ class VideoLDM:
 
 
 def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:
+    if isinstance(key, jax.core.Tracer):
+        return module.init(key, *args)["params"]
     # Runs once: compiling it well costs far more than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    lowered = jax.jit(module.init).lower(key, *args)
-    return lowered.compile(compiler_options=options)(key, *args)["params"]
+    return jax.jit(module.init, compiler_options=options)(key, *args)["params"]
 
 
 def _section(cls: type, config: Any) -> Any:
