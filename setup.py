@@ -1,0 +1,83 @@
+"""The package, what it needs to run, and the extras for those who need more.
+
+A lower bound is the release this code was written and tested with; an upper bound is the next
+release line that its project allows itself to break things in.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+REQUIREMENTS = [
+    # The model and its training.
+    "jax>=0.10.2,<0.11",  # arrays, gradients, compilation; CPU unless an extra adds more
+    "flax>=0.12.8,<0.13",  # Linen modules
+    "optax>=0.2.8,<0.3",  # AdamW, schedules, frozen partitions, accumulation
+    "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints, whole and sharded
+    "einops>=0.8,<0.9",  # reshapes that say what they mean
+    "jaxtyping>=0.3.11,<0.4",  # shapes in signatures
+    "numpy>=2.2,<3",  # everything on the host: drags, tracks, scenes
+    "scipy>=1.17,<2",  # PCHIP paths, smooth jitter, statistics
+    # Data.
+    "grain>=0.2.18,<0.3",  # deterministic, sharded, resumable batches
+    "array-record>=0.8.6,<0.9",  # the file format of prepared clips
+    "tensorflow-datasets>=4.9.10,<5",  # describes prepared clips to TFDS readers; no TensorFlow
+    "msgpack>=1.1,<2",  # the bytes of one record
+    "av>=18,<19",  # decodes and encodes video; its wheels bring FFmpeg
+    "opencv-python-headless>=5,<6",  # Lucas-Kanade tracks, DIS flow, drawing of scenes
+    "pillow>=13,<14",  # reads the picture to animate, draws overlays and contact sheets
+    # Programs.
+    "absl-py>=2.5,<3",  # flags and logging of the command-line programs
+    "ml-collections>=1.1,<2",  # configs/*.py and their --config overrides
+    "tensorboard>=2.21,<3",  # writes scalars and sample videos; no TensorFlow
+    "safetensors>=0.8,<0.9",  # the shipped model's weights
+]
+
+EXTRAS = {
+    # Train and sample on Cloud TPU: adds libtpu.
+    "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+    # Train and sample on NVIDIA GPUs: adds the CUDA 12 plugin and libraries.
+    "cuda12": ["jax[cuda12]>=0.10.2,<0.11"],
+    # Prepare clips on many machines: the same preparation on Beam's runners. Beam holds protobuf,
+    # pyarrow and NumPy back, hence not among the requirements.
+    "prepare": ["apache-beam>=2.77,<3"],
+    # Draw drags in the browser: the local server of the drag page.
+    "app": [
+        "starlette>=1.10,<2",  # routes and static files
+        "uvicorn>=0.54,<0.55",  # serves them
+        "python-multipart>=0.0.34,<0.1",  # uploaded pictures
+    ],
+    # Work on this package: what `make test` and `make lint` run.
+    "test": [
+        "pytest>=9.2,<10",
+        "pytest-xdist>=3.8,<4",  # one process per core
+        "ruff>=0.17.6,<0.18",  # its formatting may change with every minor release
+    ],
+}
+
+
+def version() -> str:
+    """`__version__`, read rather than imported: nothing is installed yet when this runs."""
+    source = (HERE / "nuwa_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE).group(1)
+
+
+if __name__ == "__main__":
+    setup(
+        name="nuwa_jax",
+        version=version(),
+        description="Drag-controlled video generation, trained and sampled in JAX",
+        long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        author="The nuwa_jax authors",
+        license="MIT",
+        python_requires=">=3.11",
+        packages=find_packages(include=["nuwa_jax", "nuwa_jax.*"]),
+        # The shipped model with its card, and the picture and drags to try it on.
+        package_data={"nuwa_jax": ["assets/*", "assets/**/*"]},
+        install_requires=REQUIREMENTS,
+        extras_require=EXTRAS,
+    )

@@ -1,0 +1,128 @@
+"""The shape of the package: which floor may use which, what it may import, what it declares."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import nuwa_jax
+
+ROOT = Path(nuwa_jax.__file__).parents[1]
+PACKAGE = ROOT / "nuwa_jax"
+
+# Floor -> floors it may import besides itself; what is not a floor (demo.py, ...) stands on top.
+MAY_IMPORT = {
+    "errors": set(),
+    "motion": {"errors"},
+    "data": {"errors", "motion"},
+    "models": {"errors"},
+    "diffusion": set(),
+    "training": {"errors", "motion", "data", "models", "diffusion"},
+    "generation": {"errors", "motion", "data", "models", "diffusion", "training"},
+    "evaluation": {"errors", "motion", "data", "models", "diffusion", "training", "generation"},
+}
+# The host's side of the package: these must work, and start fast, in processes without JAX.
+WITHOUT_JAX = ("data", "motion")
+JAX_ALLOWED = {"data/pipeline.py", "motion/raster.py", "motion/flow_ops.py"}
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+OTHER_FRAMEWORKS = {"torch", "torchvision", "tensorflow", "keras", "diffusers", "transformers"}
+
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in the file it does."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import by full name, not relatively"
+            # `from nuwa_jax import motion` names the floor only after `import`.
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def floor(module: str) -> str:
+    return module.partition("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_only(module: str):
+    own = floor(module)
+    if own not in MAY_IMPORT:
+        assert "/" not in module, f"{own} is a new floor: say in MAY_IMPORT what it stands on"
+        return
+    used = {
+        name.split(".")[1]
+        for name in imports(PACKAGE / module)
+        if name.startswith("nuwa_jax.") and not name.startswith("nuwa_jax.__")
+    }
+    assert used <= MAY_IMPORT[own] | {own}
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if floor(m) in WITHOUT_JAX and m not in JAX_ALLOWED]
+)
+def test_the_hosts_side_does_without_jax(module: str):
+    assert not tops(imports(PACKAGE / module)) & JAX
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_other_framework_is_imported(module: str):
+    assert not tops(imports(PACKAGE / module)) & OTHER_FRAMEWORKS
+
+
+def requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """REQUIREMENTS and EXTRAS as setup.py has them."""
+    values = {}
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIREMENTS", "EXTRAS"):
+            values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values["REQUIREMENTS"], values["EXTRAS"]
+
+
+def distribution(requirement: str) -> str:
+    return canonical(re.match(r"[\w.-]+", requirement).group())
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_everything_imported_is_declared():
+    runtime, extras = requirements()
+    declared = {"jaxlib"} | {distribution(r) for r in runtime}  # jaxlib: the other half of jax
+    declared |= {distribution(r) for name in ("prepare", "app") for r in extras[name]}
+    providers = importlib.metadata.packages_distributions()
+    paths = [PACKAGE / m for m in MODULES] + [ROOT / "train.py", ROOT / "sample.py"]
+    paths += sorted((ROOT / "configs").glob("*.py"))
+    undeclared = {}
+    for path in paths:
+        for top in tops(imports(path)) - {"nuwa_jax", "configs"}:
+            # By its own name too: the package of an extra need not be installed here.
+            names = {canonical(name) for name in providers.get(top, [])} | {canonical(top)}
+            if top not in sys.stdlib_module_names and not names & declared:
+                undeclared.setdefault(top, []).append(path.name)
+    assert not undeclared
+
+
+def test_requirements_are_ranges():
+    runtime, extras = requirements()
+    assert set(extras) == {"tpu", "cuda12", "prepare", "app", "test"}
+    for requirement in runtime + [r for extra in extras.values() for r in extra]:
+        assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+,<[\d.]+", requirement), requirement
+
+
+def test_the_core_names_no_accelerator_and_no_framework():
+    runtime, _ = requirements()
+    assert not {distribution(r) for r in runtime} & (
+        OTHER_FRAMEWORKS | {"tensorflow-cpu", "libtpu", "jax-cuda12-plugin", "apache-beam"}
+    )
