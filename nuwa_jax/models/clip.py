@@ -116,7 +116,8 @@ def resize_matrix(old: int, new: int, *, blur: bool) -> np.ndarray:
     aligned corners: Keys' kernel with a = -0.75, border pixels repeated. `jax.image.resize` has
     a = -0.5 and half-pixel centres.
     """
-    position = np.linspace(0.0, old - 1, new) if new > 1 else np.zeros(1)
+    step = np.float32(old - 1) / np.float32(max(new - 1, 1))  # rounded as torch rounds it
+    position = np.arange(new, dtype=np.float32) * step
     # Four taps around each position; those beyond the border belong to the border pixel.
     tap = np.floor(position).astype(int)[:, None] + np.arange(-1, 3)
     weight = _cubic(np.abs(position[:, None] - tap))
