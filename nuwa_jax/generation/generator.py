@@ -140,6 +140,11 @@ class Generator:
                 flow = rasterize(
                     points, state, *size, sigma=raster.sigma, kernel_size=raster.kernel_size
                 )
+            # Keys 0 and 1 of a sample: its latents' noise, the noise on its picture.
+            latent_keys, picture_keys = (
+                jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(2)
+            )
+            picture_noise = jax.vmap(lambda key: jax.random.normal(key, (*size, 3)))(picture_keys)
             conditions = [
                 model.condition(
                     params,
@@ -151,6 +156,7 @@ class Generator:
                     points=points if with_drags else None,
                     state=state if with_drags else None,
                     fps=jnp.full((b,), self.fps),
+                    noise=picture_noise,
                     drop=Drop(*(jnp.full((b,), not kept) for kept in keep)),
                 )
                 for _, keep in branches
@@ -161,7 +167,7 @@ class Generator:
                 [coefficient for coefficient, _ in branches],
             )
             shape = model.latent_shape(*size, self.frames)
-            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(latent_keys)
             if video is None:
                 x = edm.initial_latents(noise, levels[0])
             else:

@@ -18,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 from nuwa_jax.errors import UserError
 
 Params = dict[str, Any]
-SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = ASSETS / "tiny"
+EXAMPLE = ASSETS / "example"  # picture.png and drags.json to try a model on
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
