@@ -26,6 +26,7 @@ from nuwa_jax.data.scenes import HELD_OUT_SEED, Scene, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import encode_text
 from nuwa_jax.data.video import PointTransform, VideoError, read_video, resize_video
 from nuwa_jax.errors import UserError
+from nuwa_jax.motion.estimators import DISFlow
 from nuwa_jax.motion.tracks import (
     PerturbConfig,
     SamplerConfig,
@@ -377,8 +378,6 @@ def _cut_to_size(
     flow = None
     if with_flow:
         if record.flow is None:
-            from nuwa_jax.motion.estimators import DISFlow
-
             flow = DISFlow().estimate(video)
         else:
             flow = _resize_flow(record.flow[window], record, transform, height, width)
