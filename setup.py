@@ -17,18 +17,18 @@ REQUIREMENTS = [
     "flax>=0.12.8,<0.13",  # Linen modules
     "optax>=0.2.8,<0.3",  # AdamW, schedules, frozen partitions, accumulation
     "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints, whole and sharded
-    "einops>=0.8,<0.9",  # reshapes that say what they mean
+    "einops>=0.8.2,<0.9",  # reshapes that say what they mean
     "jaxtyping>=0.3.11,<0.4",  # shapes in signatures
-    "numpy>=2.2,<3",  # everything on the host: drags, tracks, scenes
+    "numpy>=2.4,<3",  # everything on the host: drags, tracks, scenes
     "scipy>=1.17,<2",  # PCHIP paths, smooth jitter, statistics
     # Data.
     "grain>=0.2.18,<0.3",  # deterministic, sharded, resumable batches
     "array-record>=0.8.6,<0.9",  # the file format of prepared clips
     "tensorflow-datasets>=4.9.10,<5",  # describes prepared clips to TFDS readers; no TensorFlow
-    "msgpack>=1.1,<2",  # the bytes of one record
+    "msgpack>=1.2,<2",  # the bytes of one record
     "av>=18,<19",  # decodes and encodes video; its wheels bring FFmpeg
     "opencv-python-headless>=5,<6",  # Lucas-Kanade tracks, DIS flow, drawing of scenes
-    "pillow>=13,<14",  # reads the picture to animate, draws overlays and contact sheets
+    "pillow>=12.1.1,<14",  # reads pictures, draws overlays and contact sheets; Beam needs the 12
     # Programs.
     "absl-py>=2.5,<3",  # flags and logging of the command-line programs
     "ml-collections>=1.1,<2",  # configs/*.py and their --config overrides
