@@ -161,7 +161,7 @@ def _conditions(metrics: Mapping[str, Any], sampler: bool = True) -> str:
         scales = ", ".join(f"{name} {scale}" for name, scale in metrics["guidance"].items())
         text += f" {metrics['steps']} sampling steps, guidance: {scales}."
         if "checkpoint" in metrics:
-            stage = f", after stage {metrics['stage']}" if metrics["stage"] else ""
+            stage = f", after stage {metrics['stage']}" if metrics.get("stage") else ""
             text += f" Checkpoint: {metrics['checkpoint']}{stage}."
     return text
 

@@ -7,6 +7,7 @@ import math
 import ml_collections
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from nuwa_jax.data.pipeline import DataConfig, held_out_scene
@@ -195,6 +196,60 @@ def test_everything_is_written(tmp_path, evaluation):
     assert len(videos) == 5
     video, _ = read_video(videos[0])
     assert video.shape[0] == FRAMES and video.shape[2] > 3 * 160
+
+
+@pytest.mark.parametrize("name", protocol.TRACKERS)
+def test_any_tracker_can_score(name):
+    tracker = protocol.TRACKERS[name]()
+    generator = FakeGenerator(obedient)
+    metrics = protocol.evaluate(generator, num_scenes=2, batch_size=2, tracker=tracker).metrics
+    assert metrics["tracker"] == tracker.name
+    error = metrics["trajectory_error"]
+    assert error["drag"] == error["floor"] < 0.2 * error["no_drag"]
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs the command line with a generator that obeys."""
+
+    def run(*options):
+        values = flags.FlagValues()
+        protocol.define_flags(values)
+        rest = values(["protocol", *options])
+        monkeypatch.setattr(flags, "FLAGS", values)
+        loaded = []
+        monkeypatch.setattr(
+            protocol.Generator,
+            "load",
+            lambda *source: loaded.append((source, FakeGenerator(obedient))) or loaded[-1][1],
+        )
+        protocol.main(rest)
+        return loaded[0]
+
+    return run
+
+
+def test_command_evaluates_what_its_options_name(command, tmp_path, capsys):
+    source, generator = command(
+        f"--out={tmp_path}", "--checkpoint=run", "--stage=flow", "--num_scenes=1", "--steps=3",
+        "--batch_size=1", "--drag_scale=2.5", "--tracker=lk-viterbi",
+    )  # fmt: skip
+    assert source == ("run", "flow")
+    call = generator.calls[0]
+    assert call["steps"] == 3 and call["guidance"] == GuidanceScales(drag=2.5)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["checkpoint"] == "run" and metrics["stage"] == "flow"
+    assert metrics["num_scenes"] == 1 and metrics["guidance"]["drag"] == 2.5
+    assert "trajectory error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [([], "add --out=DIR"), (["--out=x", "--steps=0"], "--steps"), (["--out=x", "y"], "'y'")],
+)
+def test_faults_of_the_command_are_named(command, options, message):
+    with pytest.raises(UserError, match=message):
+        command(*options)
 
 
 @pytest.mark.parametrize("fault", [{"num_scenes": 0}, {"batch_size": 0}, {"seed": -1}])
