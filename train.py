@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from nuwa_jax.errors import UserError, run_main
@@ -41,5 +42,26 @@ def main(argv: Sequence[str]) -> None:
     print(f"done: {WORKDIR.value}", flush=True)
 
 
+def check_flags(argv: Sequence[str]) -> None:
+    """Reads the flags before `run_main` does, as it cannot catch what config files raise."""
+    app.define_help_flags()
+    try:
+        flags.FLAGS(argv)
+        file = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.present else ""
+        if file and not Path(file.partition(":")[0]).is_file():
+            raise UserError(f"--config={file}: there is no such file")
+    except (flags.Error, UserError, OSError, AttributeError, KeyError, TypeError) as error:
+        # What a config file raises arrives wrapped; its own words are the innermost ones.
+        told: BaseException = error
+        inner = error.__context__
+        while inner is not None:
+            told = inner if isinstance(inner, UserError) else told
+            inner = inner.__context__
+        message = str(told).replace("\\n", " ").replace("\\'", "'")
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
+    check_flags(sys.argv)
     run_main(main)

@@ -1,7 +1,7 @@
 """Checkpoints of training runs: what is stored, where, and what may be resumed with what.
 
     workdir/stages/<NN_name>/<step>/   one directory per checkpoint, committed as a whole:
-      model/      all parameters, those in training as their running average: what samples are made of
+      model/      all parameters, those in training as their running average: what is sampled from
       training/   the parameters in training themselves, the optimizer, counters
       meta/       JSON: `Meta`
 
@@ -47,7 +47,7 @@ class Meta:
       stage, index: the stage and its place in the curriculum.
       step: steps of the stage that are done.
       position: index of the next data element; it runs on from stage to stage.
-      elapsed: seconds spent in this stage, over all restarts.
+      elapsed: seconds of this stage after compiling, over all restarts.
       done: the stage has ended; for an autoencoder's, the latents are calibrated.
       window: finite losses since the last logged line, so that the next one is what it would be.
       versions: of this package and of what computed it.
@@ -79,7 +79,7 @@ class StageCheckpoints:
     """The checkpoints of one stage of a run."""
 
     def __init__(self, workdir: str | Path, label: str, keep: int = 1) -> None:
-        """Opens (and with the first `save` creates) `workdir/stages/<label>`, `keep` newest kept."""
+        """Opens `workdir/stages/<label>`, creating it, and keeps the `keep` newest there."""
         if keep < 1:
             raise UserError(f"train.keep must be at least 1, got {keep}")
         # Saved before it returns: on CPU a save in the background would read buffers that the next

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,24 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
 from nuwa_jax.data.pipeline import DataConfig, make_batches, to_device
+from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
-from nuwa_jax.training.curriculum import LATENTS, Params, Stage, stages_from_config
-from nuwa_jax.training.optim import learning_rate, make_optimizer
+from nuwa_jax.training.curriculum import LATENTS, Params, Stage, partition_for, stages_from_config
+from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
 from nuwa_jax.training.progress import Progress
+from nuwa_jax.training.samples import SampleFn, StageSamples
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step, to_float
 
 # Steps given to the device before the host waits for one. It bounds how late a metric is read, and
 # so how far training runs on after something went wrong.
 RUN_AHEAD = 2
-
-# (averaged params, stage, step) -> clips that show what the model can do by now.
-SampleFn = Callable[[Params, Stage, int], UInt8[np.ndarray, "b t h w 3"]]
 
 
 class NonFiniteError(RuntimeError):
@@ -63,7 +63,8 @@ def train(
     Args:
       config: of a file in configs/.
       workdir: where checkpoints, metrics.jsonl, tensorboard/ and samples/ go.
-      sample_fn: makes the clips to show every `config.train.sample_every` steps.
+      sample_fn: makes the clips to show every `config.train.sample_every` steps (0: never);
+        by default `nuwa_jax.training.samples.StageSamples`.
 
     Raises:
       UserError: the config makes no sense or is not that of the checkpoints in `workdir`.
@@ -71,9 +72,7 @@ def train(
     """
     workdir = Path(workdir)
     stages = stages_from_config(config)
-    for key in ("log_every", "checkpoint_every"):
-        if config.train[key] < 1:
-            raise UserError(f"train.{key} must be at least 1, got {config.train[key]}")
+    _check(config, stages)
     run = _Run(config, workdir, stages, sample_fn)
     with _stop_requested() as stop:
         params, position = None, 0
@@ -86,6 +85,8 @@ def train(
                 if meta is None or not meta.done:
                     if params is None:
                         params = run.params_before(stage)
+                        for coming in stages[stage.index :]:
+                            partition_for(coming, params)  # now rather than hours from now
                     meta, params = run.run_stage(stage, checkpoints, meta, params, position, stop)
                 if not meta.done:
                     return Result(stage.name, meta.step, stop.signal)
@@ -105,6 +106,8 @@ class _Run:
     ) -> None:
         self.config, self.workdir, self.stages = config, workdir, stages
         self.sample_fn = sample_fn
+        if sample_fn is None and config.train.sample_every:
+            self.sample_fn = StageSamples(config)
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
         self.plain = plain_config(config)
@@ -166,17 +169,14 @@ class _Run:
                 if metrics["skipped"] > train.max_skipped:
                     raise NonFiniteError(
                         f"stage {stage.name}: {int(metrics['skipped'])} steps in a row up to step "
-                        f"{at} had a loss or gradient that is not finite; the last checkpoint is "
-                        "from before them: lower the learning rate or look at the data"
+                        f"{at} had a loss or gradient that is not finite and were left out: lower "
+                        "the learning rate or look at the data"
                     )
 
         with closing(progress), closing(batches):
-            step, done, saved = meta.step, False, True
-            while True:
-                share = _share(stage, step, progress.elapsed)
-                done = share >= 1
-                if done or stop.signal is not None:
-                    break
+            step, saved = meta.step, True
+            elapsed, share = meta.elapsed, _share(stage, meta.step, meta.elapsed)
+            while share < 1 and stop.signal is None:
                 start = time.monotonic()
                 batch = next(batches)
                 progress.waited(time.monotonic() - start)
@@ -187,18 +187,23 @@ class _Run:
                 step, saved = step + 1, False
                 in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
                 finish_steps(RUN_AHEAD)
+                # Read once: a checkpoint that is not the stage's last must not seem so later.
+                elapsed = progress.elapsed
+                share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
                     self._sample(state, stage, step, progress)
-                if step % train.checkpoint_every == 0 and step < stage.steps:
+                due = step % train.checkpoint_every == 0 or stop.signal is not None
+                saved = due and share < 1
+                if saved:
                     finish_steps(0)
-                    meta = self._meta(meta, step, batches.next_index, progress, done=False)
+                    meta = self._meta(meta, step, batches.next_index, elapsed, progress.window)
                     checkpoints.save(state, meta)
-                    saved = True
             finish_steps(0)
-            if done and stage.objective == "reconstruct":
-                state = self._calibrate(state, stage)
-            if done or not saved:
-                meta = self._meta(meta, step, batches.next_index, progress, done=done)
+            if not saved:
+                if share >= 1 and stage.objective == "reconstruct":
+                    state = self._calibrate(state, stage)
+                meta = self._meta(meta, step, batches.next_index, elapsed, progress.window)
+                meta = dataclasses.replace(meta, done=share >= 1)
                 checkpoints.save(state, meta)
         return meta, state.all_ema()
 
@@ -223,20 +228,24 @@ class _Run:
     def _sample(self, state: TrainState, stage: Stage, step: int, progress: Progress) -> None:
         if self.sample_fn is None:
             return
-        video = self.sample_fn(state.all_ema(), stage, step)
+        video = self.sample_fn(state.all_ema(), stage)
         progress.video("samples", video, self.data.fps, step)
+        if self.main:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            side_by_side = rearrange(video, "b t h w c -> t h (b w) c")
+            write_video(folder / f"{stage.label}_{step:07d}.mp4", side_by_side, self.data.fps)
 
     def _meta(
-        self, meta: Meta, step: int, position: int, progress: Progress, *, done: bool
+        self, meta: Meta, step: int, position: int, elapsed: float, window: Sequence[float]
     ) -> Meta:
         return dataclasses.replace(
             meta,
             config=self.plain,
             step=step,
             position=position,
-            elapsed=progress.elapsed,
-            done=done,
-            window=list(progress.window),
+            elapsed=elapsed,
+            window=list(window),
         )
 
     def _say(self, text: str) -> None:
@@ -247,10 +256,10 @@ class _Run:
 def calibrate_latents(
     model: VideoLDM, params: Params, videos: Sequence[UInt8[np.ndarray, "b t h w 3"]]
 ) -> dict[str, Float[Array, " c"]]:
-    """`params["latents"]` with which latents of `videos` have zero mean, unit deviation per channel.
+    """`params["latents"]` under which the latents of `videos` are normalised, channel by channel.
 
-    A channel that hardly varies (less than 1 % of the liveliest one's deviation) is not blown up
-    beyond 100 times.
+    Their mean becomes 0 and their deviation 1. A channel that hardly varies (less than 1 % of the
+    liveliest one's deviation) is not blown up beyond 100 times the scale of that one.
     """
     posterior = jax.jit(lambda p, video: model.posterior(p, to_float(video))[0])
     count, total, squares = 0, 0.0, 0.0
@@ -270,6 +279,21 @@ def calibrate_latents(
 
 def _channels(params: Params) -> int:
     return params[LATENTS]["mean"].shape[0]
+
+
+def _check(config: ml_collections.ConfigDict, stages: Sequence[Stage]) -> None:
+    train = config.train
+    for key in ("log_every", "checkpoint_every", "accumulate", "calibration_batches"):
+        if train[key] < 1:
+            raise UserError(f"train.{key} must be at least 1, got {train[key]}")
+    if train.decay not in DECAYS:
+        raise UserError(f"train.decay must be one of {DECAYS}, got {train.decay!r}")
+    for stage in stages:
+        if stage.batch_size % train.accumulate:
+            raise UserError(
+                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
+                f"train.accumulate={train.accumulate}"
+            )
 
 
 def _share(stage: Stage, step: int, elapsed: float) -> float:

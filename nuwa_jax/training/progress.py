@@ -14,7 +14,11 @@ from nuwa_jax.training.writers import MetricsFile, TensorBoard, duration
 
 
 class Progress:
-    """Reports one stage; time is measured from the first step that this process has finished."""
+    """Reports one stage.
+
+    Time is measured from the first step that this process has finished: compiling is not training,
+    and a time budget should buy as much of it on a slow machine as on a quick one.
+    """
 
     def __init__(
         self,
@@ -36,14 +40,14 @@ class Progress:
           stage: the one that is running.
           log_every: steps between lines.
           first_step: steps of the stage that are done already.
-          elapsed: seconds that the stage has taken before.
+          elapsed: seconds that the stage has trained before.
           window: losses since the last line, from the checkpoint.
           write: whether this process is the one that writes.
         """
         self.window = list(window)
         self._stage, self._log_every, self._write = stage, log_every, write
         self._later = [s for s in stages if s.index > stage.index]
-        self._start = time.monotonic() - elapsed
+        self._before, self._start = elapsed, None
         self._mark: tuple[int, float] | None = None  # step and time of the last line
         self._waited = 0.0
         if write:
@@ -55,8 +59,8 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that the stage has taken, over all restarts."""
-        return time.monotonic() - self._start
+        """Seconds that the stage has trained, over all restarts."""
+        return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
 
     def waited(self, seconds: float) -> None:
         """Counts time in which the loop had no batch."""
@@ -68,7 +72,7 @@ class Progress:
             self.window.append(float(metrics["loss"]))
         now = time.monotonic()
         if self._mark is None:
-            self._mark, self._waited = (step, now), 0.0
+            self._mark, self._waited, self._start = (step, now), 0.0, now
         if step % self._log_every and step != self._stage.steps:
             return
         steps, seconds = step - self._mark[0], now - self._mark[1]

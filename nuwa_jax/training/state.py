@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jaxtyping import Array, Int
 
+from nuwa_jax.errors import UserError
 from nuwa_jax.training.curriculum import Params, Stage, merge, partition_for
 
 
@@ -36,8 +38,13 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Params, stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at the start of a stage; the running average starts at `params` itself."""
+    """The state at the start of a stage; the running average starts at `params` itself.
+
+    Raises:
+      UserError: the stage's rules do not fit the parameters, or one of these is not finite.
+    """
     trainable, frozen = partition_for(stage, params)
+    _check_finite(stage, params)
     copy = lambda tree: jax.tree.map(lambda a: jnp.array(a, copy=True), tree)  # noqa: E731
     # Copies, because the step donates every buffer and none may be given away twice.
     return TrainState(
@@ -48,3 +55,17 @@ def init_state(params: Params, stage: Stage, optimizer: optax.GradientTransforma
         ema=copy(trainable),
         opt_state=optimizer.init(trainable),
     )
+
+
+def _check_finite(stage: Stage, params: Params) -> None:
+    # Where a stage freezes such a parameter it may do no harm for hours; a later one trains it.
+    flat = traverse_util.flatten_dict(params, sep="/")
+    finite = jax.device_get(
+        jax.jit(lambda p: {k: jnp.isfinite(v).all() for k, v in p.items()})(flat)
+    )
+    broken = [path for path, ok in finite.items() if not ok]
+    if broken:
+        raise UserError(
+            f"stage {stage.name} cannot start from parameters that are not finite: {broken[0]} and "
+            f"{len(broken) - 1} more; repair the model they come from"
+        )

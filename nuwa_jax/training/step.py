@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.diffusion import edm
-from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import Drop, VideoLDM
 from nuwa_jax.motion.raster import rasterize
 from nuwa_jax.training.curriculum import Params, Stage, merge
@@ -33,15 +32,9 @@ def make_train_step(model: VideoLDM, config: Any, stage: Stage) -> TrainStep:
       device. A step whose loss or gradient is not finite changes neither the parameters nor the
       optimizer nor the running average; `metrics["skipped"]` counts such steps in a row.
 
-    Raises:
-      UserError: the batch size is not a multiple of `config.train.accumulate`.
+    The batch size must be a multiple of `config.train.accumulate`.
     """
     train = config.train
-    if train.accumulate < 1 or stage.batch_size % train.accumulate:
-        raise UserError(
-            f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
-            f"train.accumulate={train.accumulate}"
-        )
     optimizer = make_optimizer(train)
     loss_fn = make_loss(model, config, stage)
 
@@ -90,6 +83,7 @@ class Draws(NamedTuple):
     noise: Float[Array, "b t h w c"]
     sigma: Float[Array, " b"]
     drop: Drop
+    picture: Float[Array, "b h w 3"] | None  # normal; for models that blur what they are shown
     dense: Float[Array, " b"]  # uniform in [0, 1): below the probability, the dense flow is shown
 
 
@@ -97,8 +91,8 @@ def draw(key: PRNGKeyArray, model: VideoLDM, stage: Stage, batch: Batch, diffusi
     """Noise (standard normal), noise levels (log-normal), and who goes without what."""
     keys = dict(
         zip(
-            ("noise", "sigma", "text", "image", "drag", "dense"),
-            jax.random.split(key, 6),
+            ("noise", "sigma", "text", "image", "drag", "dense", "picture"),
+            jax.random.split(key, 7),
             strict=True,
         )
     )
@@ -111,6 +105,7 @@ def draw(key: PRNGKeyArray, model: VideoLDM, stage: Stage, batch: Batch, diffusi
         noise=jax.random.normal(keys["noise"], (b, *model.latent_shape(h, w, t))),
         sigma=edm.sample_sigmas(keys["sigma"], (b,), diffusion.p_mean, diffusion.p_std),
         drop=Drop(text=dropped("text"), image=dropped("image"), drag=dropped("drag")),
+        picture=(jax.random.normal(keys["picture"], (b, h, w, 3)) if model.augmentation else None),
         dense=jax.random.uniform(keys["dense"], (b,)),
     )
 
@@ -182,6 +177,7 @@ def training_condition(
         points=points,
         state=state,
         fps=batch.fps,
+        noise=draws.picture,
         drop=draws.drop,
     )
 

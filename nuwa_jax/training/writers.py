@@ -61,7 +61,7 @@ class TensorBoard:
 
     def __init__(self, directory: str | Path, first_step: int) -> None:
         """Whatever an earlier process logged at or beyond `first_step` is hidden."""
-        self._writer = EventFileWriter(str(directory))
+        self._writer = EventFileWriter(str(directory), flush_secs=10)
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 

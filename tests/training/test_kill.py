@@ -1,0 +1,125 @@
+"""Runs of train.py that are killed with SIGKILL and started again."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nuwa_jax.training.checkpoint import load_final
+
+HERE = Path(__file__).parent
+STAGES = ("autoencoder", "text_to_video", "flow", "drag")
+
+
+def command(program, workdir, steps):
+    overrides = [f"--config.stages.{name}.steps={steps}" for name in STAGES]
+    return [
+        sys.executable,
+        str(program),
+        f"--config={HERE / 'micro_config.py'}",
+        f"--workdir={workdir}",
+        "--config.train.log_every=1",
+        "--config.train.checkpoint_every=4",
+        *overrides,
+    ]
+
+
+def rows(workdir):
+    path = workdir / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # being written
+        found.append((row["stage"], row["step"], row["loss"]))
+    return found
+
+
+def run(program, workdir, steps, kill_after=None):
+    """Runs to the end, or kills the run once it has logged (stage, step) or something later."""
+    process = subprocess.Popen(
+        command(program, workdir, steps),
+        cwd=HERE.parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if kill_after is not None:
+        place = (STAGES.index(kill_after[0]), kill_after[1])
+        while process.poll() is None:
+            if any((STAGES.index(stage), step) >= place for stage, step, _ in rows(workdir)):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+    output, _ = process.communicate()
+    expected = 0 if kill_after is None else -signal.SIGKILL
+    assert process.returncode == expected, output[-3000:]
+
+
+def assert_equal_runs(first, second):
+    assert rows(first) == rows(second)
+    for stage in STAGES:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            load_final(first, stage).params,
+            load_final(second, stage).params,
+        )
+
+
+def test_a_run_killed_once_ends_as_if_it_had_not_been(tmp_path):
+    program = HERE / "fake_model.py"
+    run(program, tmp_path / "whole", 10)
+    assert len(rows(tmp_path / "whole")) == 4 * 10
+    run(program, tmp_path / "killed", 10, kill_after=("text_to_video", 6))
+    run(program, tmp_path / "killed", 10)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_the_real_model_killed_three_times_in_each_stage_ends_as_if_it_had_not_been(tmp_path):
+    program, steps = HERE.parents[1] / "train.py", 30
+    run(program, tmp_path / "whole", steps)
+    chosen = random.Random(0)
+    for stage in STAGES:
+        for step in sorted(chosen.sample(range(1, steps - 2), 3)):
+            run(program, tmp_path / "killed", steps, kill_after=(stage, step))
+    run(program, tmp_path / "killed", steps)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/none.py", "--workdir=x"], "configs/none.py: there is no such file"),
+        (["--config=configs/tiny.py:big", "--workdir=x"], "has no variant 'big'"),
+        (["--config=configs/tiny.py", "--config.sead=1"], 'Did you mean "seed"'),
+        (["--config=configs/tiny.py"], "give --workdir=DIR"),
+        (["--workdir=x"], "give --config=FILE"),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(flags, message):
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=HERE.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_print_config_shows_the_overrides():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config=configs/tiny.py", "--config.seed=5"]
+        + ["--print_config"],
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert "seed: 5" in done.stdout

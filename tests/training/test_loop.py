@@ -1,0 +1,321 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from fake_model import FakeModel
+from micro_config import get_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nuwa_jax.data.pipeline import make_batches
+from nuwa_jax.data.video import read_video
+from nuwa_jax.errors import UserError
+from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.training.checkpoint import load_final
+from nuwa_jax.training.loop import NonFiniteError, train
+from nuwa_jax.training.step import to_float
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch):
+    monkeypatch.setattr(VideoLDM, "from_config", lambda config: FakeModel())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run through every stage."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoLDM, "from_config", lambda config: FakeModel())
+        result = train(get_config(), workdir)
+    assert (result.stage, result.step, result.signal) == ("drag", 6, None)
+    return workdir
+
+
+def short_config(*curriculum):
+    config = get_config()
+    config.curriculum = curriculum or ("text_to_video", "drag")
+    config.train.log_every = 1
+    return config
+
+
+def rows(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [(r["stage"], r["step"], r["loss"]) for r in map(json.loads, lines)]
+
+
+def assert_same_params(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+class KillAt:
+    """Ends the process's view of the world at a step, as a kill would: nothing more is saved."""
+
+    def __init__(self, monkeypatch, batches):
+        self.left = batches
+        monkeypatch.setattr("nuwa_jax.training.loop.make_batches", self)
+
+    def __call__(self, *args, **kwargs):
+        outer, inner = self, make_batches(*args, **kwargs)
+
+        class Counted:
+            next_index = property(lambda self: inner.next_index)
+            close = inner.close
+
+            def __next__(self):
+                if outer.left == 0:
+                    raise KeyboardInterrupt
+                outer.left -= 1
+                return next(inner)
+
+        return Counted()
+
+
+def test_a_run_leaves_a_checkpoint_per_stage_and_a_line_per_logged_step(finished):
+    labels = ["00_autoencoder", "01_text_to_video", "02_flow", "03_drag"]
+    assert sorted(p.name for p in (finished / "stages").iterdir()) == labels
+    assert [(s, n) for s, n, _ in rows(finished)] == [
+        (label[3:], n) for label in labels for n in (2, 4, 6)
+    ]
+    assert np.isfinite([loss for _, _, loss in rows(finished)]).all()
+    for label in labels:
+        board = EventAccumulator(str(finished / "tensorboard" / label)).Reload()
+        assert [e.step for e in board.Scalars("loss")] == [2, 4, 6]
+    assert json.loads((finished / "config.json").read_text())["preset"] == "nuwa"
+
+
+def test_progress_lines_tell_stage_loss_speed_and_time_left(tmp_path, capsys):
+    train(short_config(), tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert len(lines) == 12
+    for part in ("text_to_video 5/6", "loss ", "steps/s", " left, all ", "data wait "):
+        assert part in lines[4]
+
+
+def test_frozen_parts_are_bit_identical_through_their_stage(finished):
+    before, after = (load_final(finished, stage).params for stage in ("text_to_video", "flow"))
+    for part in before:
+        if part != "flow_encoder":
+            assert_same_params(before[part], after[part])
+    assert np.any(before["flow_encoder"]["kernel"] != after["flow_encoder"]["kernel"]), (
+        "the stage trained nothing"
+    )
+
+
+def test_latents_are_normalised_once_the_autoencoder_is_trained(finished):
+    config, model = get_config(), FakeModel()
+    batches = make_batches_from(config, batch_size=2)
+    videos = np.concatenate([next(batches).video for _ in range(2)])
+    batches.close()
+    latents = np.asarray(model.encode(load_final(finished, "flow").params, to_float(videos)))
+    latents = latents.reshape(-1, latents.shape[-1])
+    np.testing.assert_allclose(latents.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(latents.std(0), 1, atol=1e-4)
+
+
+def make_batches_from(config, *, batch_size):
+    from nuwa_jax.data.pipeline import DataConfig
+
+    data = DataConfig.from_config(config.data)
+    return make_batches(data, seed=config.seed, batch_size=batch_size)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    assert train(get_config(), finished).stage == "drag"
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert "steps/s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 11])
+def test_dying_anywhere_and_going_on_equals_never_dying(tmp_path, monkeypatch, steps):
+    config = short_config()
+    config.train.log_every = 4  # neither of checkpoints nor of the stage's length
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        KillAt(patch, steps)
+        train(config, tmp_path / "dead")
+    train(config, tmp_path / "dead")
+    assert rows(tmp_path / "dead") == rows(tmp_path / "whole")
+    for stage in config.curriculum:
+        whole, dead = (load_final(tmp_path / w, stage).params for w in ("whole", "dead"))
+        assert_same_params(whole, dead)
+
+
+def test_a_line_cut_in_half_by_a_kill_is_written_again(tmp_path, monkeypatch):
+    config = short_config()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        KillAt(patch, 5)
+        train(config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "text_to_vi')
+    train(config, tmp_path)
+    assert [(s, n) for s, n, _ in rows(tmp_path)] == [
+        (s, n) for s in config.curriculum for n in range(1, 7)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_running_step_and_the_next_run_goes_on(
+    tmp_path, monkeypatch, number
+):
+    config = short_config()
+    train(config, tmp_path / "whole")
+
+    class SignalAt(KillAt):
+        def __call__(self, *args, **kwargs):
+            if self.left == 4:  # the first stage's fourth step is neither a checkpoint's nor last
+                self.left -= 1
+                return Raising(make_batches(*args, **kwargs))
+            return make_batches(*args, **kwargs)
+
+    class Raising:
+        def __init__(self, inner):
+            self.inner, self.drawn = inner, 0
+            self.close = inner.close
+
+        next_index = property(lambda self: self.inner.next_index)
+
+        def __next__(self):
+            self.drawn += 1
+            if self.drawn == 4:
+                os.kill(os.getpid(), number)
+            return next(self.inner)
+
+    handlers = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        SignalAt(patch, 4)
+        result = train(config, tmp_path / "stopped")
+    assert (result.stage, result.step, result.signal) == ("text_to_video", 4, number)
+    assert load_final(tmp_path / "stopped").step == 4
+    assert signal.getsignal(number) == handlers
+    train(config, tmp_path / "stopped")
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_elements_are_never_seen_twice_in_a_run(tmp_path, monkeypatch):
+    starts = []
+
+    def spy(config, **kwargs):
+        starts.append((kwargs["start_index"], kwargs["batch_size"]))
+        return make_batches(config, **kwargs)
+
+    config = short_config("text_to_video", "flow", "drag")
+    config.stages.flow.batch_size = 3
+    monkeypatch.setattr("nuwa_jax.training.loop.make_batches", spy)
+    train(config, tmp_path)
+    assert starts == [(0, 2), (12, 3), (30, 2)]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(tmp_path, monkeypatch):
+    def poisoned(*args, **kwargs):
+        inner = make_batches(*args, **kwargs)
+
+        class Poisoned:
+            next_index = property(lambda self: inner.next_index)
+            close = inner.close
+
+            def __next__(self):
+                return (batch := next(inner))._replace(points=np.full_like(batch.points, np.nan))
+
+        return Poisoned()
+
+    config = short_config("drag")
+    config.train.max_skipped = 2
+    monkeypatch.setattr("nuwa_jax.training.loop.make_batches", poisoned)
+    with pytest.raises(NonFiniteError, match="stage drag: 3 steps in a row up to step 3"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("preset", "other", "preset: checkpoint nuwa, config other"),
+        ("seed", 7, "seed: checkpoint 0, config 7"),
+        ("data.fps", 4.0, "data.fps: checkpoint 8.0, config 4.0"),
+        ("model.dtype", "bfloat16", "model.dtype"),
+        ("stages.flow.learning_rate", 1.0, "stages.flow.learning_rate"),
+        ("train.ema_decay", 0.5, "train.ema_decay"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused_with_the_keys(finished, key, value, message):
+    config = get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"{message}.*another --workdir"):
+        train(config, finished)
+
+
+def test_the_preset_is_named_first_among_many_differences(finished):
+    config = get_config()
+    config.preset, config.seed, config.data.fps = "other", 3, 2.0
+    with pytest.raises(UserError, match=r"another config \(preset: .*seed: .*data.fps: "):
+        train(config, finished)
+
+
+def test_stages_not_reached_yet_may_still_be_changed(tmp_path):
+    config = short_config("text_to_video")
+    train(config, tmp_path)
+    config = short_config("text_to_video", "drag")
+    config.stages.drag.steps = 2
+    config.train.log_every, config.train.checkpoint_every = 2, 5
+    assert train(config, tmp_path).step == 2
+
+
+def test_a_time_budget_ends_a_stage_and_is_not_begun_again_by_a_restart(tmp_path, monkeypatch):
+    config = short_config("text_to_video")
+    config.stages.text_to_video.steps = 10**6
+    config.stages.text_to_video.time_budget_minutes = 2 / 60
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        KillAt(patch, 8)
+        train(config, tmp_path)
+    result = train(config, tmp_path)
+    assert 6 < result.step < 10**6
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["elapsed"] < 10
+    assert train(config, tmp_path).step == result.step
+    assert load_final(tmp_path).done
+
+
+def test_samples_are_shown_on_tensorboard_and_written_as_videos(tmp_path):
+    config = short_config("autoencoder")
+    config.train.sample_every = 4
+    train(config, tmp_path)
+    video, _ = read_video(tmp_path / "samples" / "00_autoencoder_0000004.mp4")
+    assert video.shape == (3, 32, 4 * 24, 3)
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "00_autoencoder")).Reload()
+    (image,) = board.Images("samples")
+    assert image.step == 4 and image.encoded_image_string[:4] == b"GIF8"
+
+
+def test_a_caller_may_make_the_samples(tmp_path):
+    seen = []
+
+    def sample(params, stage):
+        seen.append((stage.name, sorted(params)))
+        return np.zeros((1, 3, 16, 24, 3), np.uint8)
+
+    config = short_config()
+    config.train.sample_every = 6
+    train(config, tmp_path, sample_fn=sample)
+    parts = ["autoencoder", "drag", "flow_encoder", "latents", "text", "unet"]
+    assert seen == [("text_to_video", parts), ("drag", parts)]
+
+
+def test_a_workdir_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        load_final(tmp_path)
+
+
+def test_a_stage_that_was_not_trained_is_named_with_those_that_were(finished):
+    with pytest.raises(UserError, match="of stage 'dream'.*02_flow"):
+        load_final(finished, "dream")
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_runs(tmp_path):
+    config = short_config()
+    config.train.accumulate = 3
+    with pytest.raises(UserError, match="batch_size=2 must be a multiple of train.accumulate=3"):
+        train(config, tmp_path)
+    assert not any(tmp_path.iterdir())
