@@ -146,13 +146,13 @@ def variant(c: ConfigDict, arg: str | None, name: str) -> ConfigDict:
     c.model.dtype = "float32"
     c.model.autoencoder.update(base_channels=16, channel_mult=(1, 1), num_res_blocks=1)
     c.model.unet.update(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(1,)
+        model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_factors=(1,)
     )
     c.model.unet.head_channels = 16
     if "text" in c.model:
         c.model.text.update(channels=32, layers=1, heads=2)
     if "drag" in c.model:
-        c.model.drag.update(levels=(0, 1), token_channels=32, heads=2)
+        c.model.drag.update(levels=(0,), token_channels=32, heads=2)
     if "image_encoder" in c.model:
         c.model.image_encoder.update(width=32, layers=1, heads=2, projection=32, image_size=56)
     for stage in c.stages.values():

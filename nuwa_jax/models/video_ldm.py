@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from nuwa_jax.errors import UserError
 from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
 from nuwa_jax.models.clip import ClipVision, ClipVisionConfig, preprocess
 from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, DragEmbedding
@@ -103,12 +104,12 @@ class VideoLDM:
         """Latent (t, h, w, c) of a clip of `frames` frames of `height` x `width` pixels.
 
         Raises:
-          ValueError: the size does not divide by the autoencoder's reduction times the U-Net's.
+          UserError: the size does not divide by the autoencoder's reduction times the U-Net's.
         """
         reduction = self.autoencoder.reduction
         whole = reduction * 2 ** (len(self.unet.channel_mult) - 1)
         if height % reduction or width % reduction or (height % whole or width % whole):
-            raise ValueError(
+            raise UserError(
                 f"height and width must be multiples of {whole} (autoencoder {reduction}, U-Net "
                 f"{whole // reduction}), got {height}x{width}: change data.height and data.width"
             )
@@ -395,5 +396,5 @@ def _section(cls: type, config: Any) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     unknown = set(config) - names
     if unknown:
-        raise ValueError(f"{cls.__name__} has no {sorted(unknown)}: its keys are {sorted(names)}")
+        raise UserError(f"{cls.__name__} has no {sorted(unknown)}: its keys are {sorted(names)}")
     return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()})

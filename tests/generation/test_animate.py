@@ -1,4 +1,4 @@
-"""From files to files: a picture and drags to a video, with a model of a few thousand parameters."""
+"""From files to files: a picture and drags to a video, with a very small model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+
 from configs import tiny
 from nuwa_jax.data.video import read_video, write_video
 from nuwa_jax.errors import UserError
@@ -15,7 +17,6 @@ from nuwa_jax.generation.animate import animate
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import WEIGHTS, Model, load_model, save_model
 from nuwa_jax.models.video_ldm import VideoLDM
-from PIL import Image
 
 FRAMES, HEIGHT, WIDTH = 3, 16, 24
 
