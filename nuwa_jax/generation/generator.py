@@ -17,7 +17,7 @@ from nuwa_jax.diffusion import edm
 from nuwa_jax.diffusion.guidance import GuidanceScales, guided_denoiser
 from nuwa_jax.diffusion.samplers import sample
 from nuwa_jax.generation.weights import Model, load_model
-from nuwa_jax.models.video_ldm import Drop, VideoLDM
+from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float, to_uint8
 from nuwa_jax.motion.raster import rasterize
 
 
@@ -150,7 +150,7 @@ class Generator:
                     params,
                     frames=self.frames,
                     size=size,
-                    image=_to_float(image),
+                    image=to_float(image),
                     text=tokens,
                     flow=flow,
                     points=points if with_drags else None,
@@ -171,20 +171,12 @@ class Generator:
             if video is None:
                 x = edm.initial_latents(noise, levels[0])
             else:
-                x = edm.add_noise(model.encode(params, _to_float(video)), noise, levels[0])
+                x = edm.add_noise(model.encode(params, to_float(video)), noise, levels[0])
             latents = sample(denoise, x, levels, method=method)
-            return _to_uint8(model.decode(params, latents))
+            return to_uint8(model.decode(params, latents))
 
         return jax.jit(run)
 
 
 def _scale(value: float | tuple[float, float] | None) -> float | tuple[float, float] | None:
     return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _to_float(video: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    return video.astype(jnp.float32) / 127.5 - 1.0
-
-
-def _to_uint8(video: Float[Array, "..."]) -> UInt8[Array, "..."]:
-    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

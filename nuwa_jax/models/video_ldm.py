@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
@@ -379,6 +379,16 @@ class VideoLDM:
     @property
     def _unet(self) -> UNet:
         return UNet(self.unet, self.dtype)
+
+
+def to_float(video: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """uint8 in [0, 255] to float32 in [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(video: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    """The inverse of `to_float`, rounded; what is beyond [-1, 1] is cut."""
+    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:

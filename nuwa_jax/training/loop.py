@@ -24,14 +24,14 @@ from jaxtyping import Array, Float, UInt8
 from nuwa_jax.data.pipeline import DataConfig, make_batches, to_device
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
-from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.models.video_ldm import VideoLDM, to_float
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
 from nuwa_jax.training.curriculum import LATENTS, Params, Stage, partition_for, stages_from_config
 from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
 from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.samples import SampleFn, StageSamples
 from nuwa_jax.training.state import TrainState, init_state
-from nuwa_jax.training.step import init_key, make_train_step, to_float
+from nuwa_jax.training.step import init_key, make_train_step
 
 # Steps given to the device before the host waits for one. It bounds how late a metric is read, and
 # so how far training runs on after something went wrong.

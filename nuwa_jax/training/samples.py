@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
 from nuwa_jax.data.pipeline import DataConfig, held_out_scene
-from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.models.video_ldm import VideoLDM, to_float, to_uint8
 from nuwa_jax.motion.tracks import sample_trajectories
 from nuwa_jax.training.curriculum import Params, Stage
-from nuwa_jax.training.step import to_float
 
 # (averaged params, stage) -> clips that show what the model can do by now.
 SampleFn = Callable[[Params, Stage], UInt8[np.ndarray, "b t h w 3"]]
@@ -55,7 +53,7 @@ class StageSamples:
         @jax.jit
         def reconstruct(params: Params, video: jax.Array) -> jax.Array:
             decoded = model.decode(params, model.encode(params, to_float(video)))
-            return jnp.clip(jnp.round((decoded + 1) * 127.5), 0, 255).astype(jnp.uint8)
+            return to_uint8(decoded)
 
         self._reconstruct = reconstruct
 

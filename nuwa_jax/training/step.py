@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.diffusion import edm
-from nuwa_jax.models.video_ldm import Drop, VideoLDM
+from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
 from nuwa_jax.training.curriculum import Params, Stage, merge
 from nuwa_jax.training.optim import clip_by_norm, ema_update, make_optimizer
@@ -180,11 +180,6 @@ def training_condition(
         noise=draws.picture,
         drop=draws.drop,
     )
-
-
-def to_float(video: Array) -> Float[Array, "..."]:
-    """uint8 in [0, 255] to float32 in [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1.0
 
 
 def init_key(seed: int) -> PRNGKeyArray:

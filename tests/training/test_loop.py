@@ -12,10 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nuwa_jax.data.pipeline import make_batches
 from nuwa_jax.data.video import read_video
 from nuwa_jax.errors import UserError
-from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.models.video_ldm import VideoLDM, to_float
 from nuwa_jax.training.checkpoint import load_final
 from nuwa_jax.training.loop import NonFiniteError, train
-from nuwa_jax.training.step import to_float
 
 
 @pytest.fixture(autouse=True)
