@@ -239,22 +239,31 @@ def _sample_by_motion(
     wants_anchor[0] = False  # a clip whose only drag is an anchor says nothing of what moves
 
     handles = tracks.points[graspable, 0]
-    queues = {False: list(movers), True: list(still)}
+    movers, still = list(movers), list(still)
     chosen: list[int] = []
-    anchored: list[bool] = []
-    for anchor in map(bool, wants_anchor):
-        queue = queues[anchor]
-        while queue:
-            candidate = queue.pop(0)
-            gap = np.linalg.norm(handles[chosen] - handles[candidate], axis=-1)
-            if not chosen or gap.min() >= config.suppression_radius:
-                chosen.append(int(candidate))
-                anchored.append(anchor)
+    for wants in wants_anchor:
+        # Without still tracks an anchor's place goes to a mover, never the other way round.
+        for queue in (still, movers) if wants else (movers,):
+            candidate = _pop_distant(queue, handles, chosen, config.suppression_radius)
+            if candidate is not None:
+                chosen.append(candidate)
                 break
     drags = tracks.select(graspable[chosen])
-    points = np.where(np.array(anchored, bool)[:, None, None], drags.points[:, :1], drags.points)
+    points = np.where(moving[chosen][:, None, None], drags.points, drags.points[:, :1])
     drags = Tracks(points, drags.state)
     return drags.select(rng.permutation(drags.num_tracks))
+
+
+def _pop_distant(
+    queue: list[int], handles: Float[np.ndarray, "n 2"], chosen: list[int], radius: float
+) -> int | None:
+    """Takes candidates from the queue until one is `radius` away from all that are chosen."""
+    while queue:
+        candidate = int(queue.pop(0))
+        gap = np.linalg.norm(handles[chosen] - handles[candidate], axis=-1)
+        if gap.min(initial=np.inf) >= radius:
+            return candidate
+    return None
 
 
 def _sample_on_grid(
