@@ -31,7 +31,6 @@ def main(argv: Sequence[str]) -> None:
         return
     if not WORKDIR.value:
         raise UserError("give --workdir=DIR, where the run is to be stored")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
 
     from nuwa_jax.training.loop import train
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from PIL import Image
 
 from nuwa_jax.data.prepare import ClipOptions
@@ -172,7 +172,6 @@ def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}: options start with --")
-    logging.set_verbosity(logging.WARNING)
     options = flags.FLAGS
     clips = Path(options.clips) if options.clips else None
     if clips is not None and not clips.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -16,6 +16,8 @@ def run_main(main: Callable[[Sequence[str]], object]) -> None:
     """Runs `main` under absl; a `UserError` becomes one line on stderr and exit code 2."""
 
     def guarded(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
         try:
             main(argv)
         except UserError as error:
