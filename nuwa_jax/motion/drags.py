@@ -193,7 +193,8 @@ class DragSet:
             (before `ease`), however unevenly it was clicked. "index": PCHIP over the index of its
             points, as the DragNUWA 1.5 demo does, where far clicks mean fast motion.
           region_points: how many tracks at most stand for each region besides its drag's own. They
-            lie on a grid within the polygon and move rigidly with the drag.
+            lie on a grid within the polygon and move rigidly with the drag. A thin or hollow
+            polygon may hold fewer, or none.
 
         Returns:
           Track i is drag i; the tracks of regions follow after all drags. A point is visible,

@@ -6,6 +6,8 @@ at positions of frame i-1.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,10 @@ def warp(image: Float[Array, "b h w c"], flow: Float[Array, "b h w 2"]) -> Float
             f"warp takes image [b h w c] and flow [b h w 2] of one size, got {image.shape} and "
             f"{flow.shape}"
         )
-    return jax.vmap(_bilinear)(image, _targets(flow))
+    return _warp(image, flow)
 
 
+@jax.jit
 def forward_backward_error(
     forward: Float[Array, "b h w 2"], backward: Float[Array, "b h w 2"]
 ) -> Float[Array, "b h w"]:
@@ -36,6 +39,7 @@ def forward_backward_error(
     return jnp.linalg.norm(forward + warp(backward, forward), axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames=("relative", "absolute"))
 def consistency_mask(
     forward: Float[Array, "b h w 2"],
     backward: Float[Array, "b h w 2"],
@@ -79,6 +83,22 @@ def chain_flow(
     if trusted is None:
         trusted = jnp.ones((frames, height, width), bool)
 
+    start = np.asarray(points, np.float32)
+    path, seen = _follow(jnp.asarray(flow[1:], jnp.float32), jnp.asarray(trusted[1:]), start)
+    path = np.concatenate([start[:, None], rearrange(np.asarray(path), "t k xy -> k t xy")], axis=1)
+    seen = np.pad(np.asarray(seen).T, ((0, 0), (1, 0)), constant_values=True)
+    state = np.where(seen, TrackState.VISIBLE, TrackState.OCCLUDED)
+    left = np.logical_or.accumulate(~inside(path, height, width), axis=1)
+    return Tracks(path, np.where(left, TrackState.OUTSIDE, state))
+
+
+@jax.jit
+def _follow(
+    flow: Float[Array, "t h w 2"], trusted: Bool[Array, "t h w"], points: Float[Array, "k 2"]
+) -> tuple[Float[Array, "t k 2"], Bool[Array, "t k"]]:
+    """Positions after each flow, and whether only trusted flow was used."""
+    height, width = flow.shape[1:3]
+
     def step(
         carry: tuple[Array, Array], frame: tuple[Array, Array]
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -89,16 +109,13 @@ def chain_flow(
         carry = position + _bilinear(motion, position), seen & holds[row, column]
         return carry, carry
 
-    start = jnp.asarray(points, jnp.float32), jnp.ones(len(points), bool)
-    steps = jnp.asarray(flow[1:], jnp.float32), jnp.asarray(trusted[1:])
-    _, (path, seen) = jax.lax.scan(step, start, steps)
-    path = np.concatenate([np.asarray(start[0])[None], np.asarray(path)])
-    seen = np.concatenate([np.asarray(start[1])[None], np.asarray(seen)])
+    start = points, jnp.ones(len(points), bool)
+    return jax.lax.scan(step, start, (flow, trusted))[1]
 
-    path = rearrange(path, "t k xy -> k t xy")
-    state = np.where(rearrange(seen, "t k -> k t"), TrackState.VISIBLE, TrackState.OCCLUDED)
-    left = np.logical_or.accumulate(~inside(path, height, width), axis=1)
-    return Tracks(path, np.where(left, TrackState.OUTSIDE, state))
+
+@jax.jit
+def _warp(image: Float[Array, "b h w c"], flow: Float[Array, "b h w 2"]) -> Float[Array, "b h w c"]:
+    return jax.vmap(_bilinear)(image, _targets(flow))
 
 
 def _targets(flow: Float[Array, "*b h w 2"]) -> Float[Array, "*b h w 2"]:

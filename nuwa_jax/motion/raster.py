@@ -9,6 +9,7 @@ defined between pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -62,9 +63,24 @@ def rasterize(
             f"{state.shape}"
         )
     _check_kernel(sigma, kernel_size)
-    points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+    options = (height, width, float(sigma), kernel_size, normalize, snap, tuple(map(int, states)))
+    return _rasterize(points, state, *options).astype(dtype)
 
-    known = jnp.isin(state, jnp.asarray(tuple(states), state.dtype))
+
+@functools.partial(jax.jit, static_argnums=range(2, 9))
+def _rasterize(
+    points: Float[Array, "*b k t 2"],
+    state: Integer[Array, "*b k t"],
+    height: int,
+    width: int,
+    sigma: float,
+    kernel_size: int,
+    normalize: bool,
+    snap: bool,
+    states: tuple[int, ...],
+) -> Float[Array, "*b t h w 2"]:
+    points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+    known = jnp.isin(state, jnp.asarray(states, state.dtype))
     drawn = (known[..., 1:] & known[..., :-1])[..., None]
     # Masking before and after: a position that is not drawn must not reach the result, nor, were
     # it not finite, turn the gradient of the others into NaN.
@@ -85,7 +101,7 @@ def rasterize(
         precision=jax.lax.Precision.HIGHEST,
     )
     first = [(0, 0)] * (flow.ndim - 4) + [(1, 0), (0, 0), (0, 0), (0, 0)]
-    return jnp.pad(flow, first).astype(dtype)
+    return jnp.pad(flow, first)
 
 
 def gaussian_kernel_1d(

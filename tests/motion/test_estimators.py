@@ -61,8 +61,9 @@ def test_point_that_leaves_the_picture_is_outside(tracker):
     video = np.stack([shifted(image, -6 * i, 0, 48, 64) for i in range(7)])
     tracks = tracker.track(video, np.array([[14.0, 24.0], [50.0, 24.0]]))
     assert tracks.visible[1].all()
-    assert TrackState.OUTSIDE in tracks.state[0] or isinstance(tracker, PersistentTracker)
     assert not tracks.visible[0, 4:].any()
+    if isinstance(tracker, LucasKanadeTracker):  # the other may take it for hidden at the border
+        assert (tracks.state[0, 4:] == TrackState.OUTSIDE).all()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (5, 9), (33, 130)])
