@@ -41,11 +41,15 @@ def main(argv: Sequence[str]) -> None:
     print(f"done: {WORKDIR.value}", flush=True)
 
 
-def check_flags(argv: Sequence[str]) -> None:
-    """Reads the flags before `run_main` does, as it cannot catch what config files raise."""
+def read_flags(argv: Sequence[str]) -> list[str]:
+    """Reads the flags before `run_main` does, as it cannot catch what config files raise.
+
+    Returns:
+      What is left for `run_main`: reading an override twice is an error.
+    """
     app.define_help_flags()
     try:
-        flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
         file = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.present else ""
         if file and not Path(file.partition(":")[0]).is_file():
             raise UserError(f"--config={file}: there is no such file")
@@ -59,8 +63,9 @@ def check_flags(argv: Sequence[str]) -> None:
         message = str(told).replace("\\n", " ").replace("\\'", "'")
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    return rest
 
 
 if __name__ == "__main__":
-    check_flags(sys.argv)
+    sys.argv = read_flags(sys.argv)
     run_main(main)
