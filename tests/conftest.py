@@ -6,6 +6,10 @@ import pytest
 
 # Before anything imports jax: tests are about what is computed, and the CPU is always there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling, and what is compiled runs once or twice on tiny arrays.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
