@@ -32,9 +32,12 @@ def main(argv: Sequence[str]) -> None:
     if not WORKDIR.value:
         raise UserError("give --workdir=DIR, where the run is to be stored")
 
+    from nuwa_jax.generation.stage_samples import StageSamples
     from nuwa_jax.training.loop import train
 
-    result = train(CONFIG.value, WORKDIR.value)
+    config = CONFIG.value
+    sample_fn = StageSamples(config) if config.train.sample_every else None
+    result = train(config, WORKDIR.value, sample_fn)
     if result.signal is not None:
         print(f"stopped in {result.stage} after step {result.step}: run again to go on", flush=True)
         sys.exit(128 + result.signal)

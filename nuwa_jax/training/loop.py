@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run,
 from nuwa_jax.training.curriculum import LATENTS, Params, Stage, partition_for, stages_from_config
 from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
 from nuwa_jax.training.progress import Progress
-from nuwa_jax.training.samples import SampleFn, StageSamples
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
 
@@ -40,6 +39,10 @@ RUN_AHEAD = 2
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+# (averaged params, stage) -> clips that show what the model can do by now.
+SampleFn = Callable[[Params, Stage], UInt8[np.ndarray, "b t h w 3"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,8 @@ def train(
     Args:
       config: of a file in configs/.
       workdir: where checkpoints, metrics.jsonl, tensorboard/ and samples/ go.
-      sample_fn: makes the clips to show every `config.train.sample_every` steps (0: never);
-        by default `nuwa_jax.training.samples.StageSamples`.
+      sample_fn: makes the clips to show every `config.train.sample_every` steps (0: never), for
+        instance `nuwa_jax.generation.stage_samples.StageSamples`.
 
     Raises:
       UserError: the config makes no sense or is not that of the checkpoints in `workdir`.
@@ -106,8 +109,6 @@ class _Run:
     ) -> None:
         self.config, self.workdir, self.stages = config, workdir, stages
         self.sample_fn = sample_fn
-        if sample_fn is None and config.train.sample_every:
-            self.sample_fn = StageSamples(config)
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
         self.plain = plain_config(config)

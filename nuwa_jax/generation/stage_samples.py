@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +9,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from nuwa_jax.data.pipeline import DataConfig, held_out_scene
+from nuwa_jax.generation.generator import Generator
+from nuwa_jax.generation.weights import Model
 from nuwa_jax.models.video_ldm import VideoLDM, to_float, to_uint8
 from nuwa_jax.motion.tracks import sample_trajectories
 from nuwa_jax.training.curriculum import Params, Stage
-
-# (averaged params, stage) -> clips that show what the model can do by now.
-SampleFn = Callable[[Params, Stage], UInt8[np.ndarray, "b t h w 3"]]
 
 NUM_SAMPLES = 4
 
@@ -66,10 +64,6 @@ class StageSamples:
         return np.concatenate([self._video, made], axis=2)
 
     def _sample(self, params: Params, *, with_drags: bool) -> UInt8[np.ndarray, "b t h w 3"]:
-        # Here, because sampling is built on training's checkpoints.
-        from nuwa_jax.generation.generator import Generator
-        from nuwa_jax.generation.weights import Model
-
         if self._generator is None:
             self._generator = Generator(Model(params, self._config, "training"))
         # One generator, so that its compiled sampler serves the whole run.
