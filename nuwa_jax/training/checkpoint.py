@@ -50,6 +50,7 @@ class Meta:
       elapsed: seconds of this stage after compiling, over all restarts.
       done: the stage has ended; for an autoencoder's, the latents are calibrated.
       window: finite losses since the last logged line, so that the next one is what it would be.
+      clips: fingerprint of the prepared clips that `position` counts in, "" without any.
       versions: of this package and of what computed it.
     """
 
@@ -61,6 +62,7 @@ class Meta:
     elapsed: float
     done: bool
     window: list[float]
+    clips: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: _versions())
 
 

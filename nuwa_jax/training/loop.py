@@ -159,6 +159,14 @@ class _Run:
             write=self.main,
         )
         batches = self._batches(stage, meta.position)
+        if meta.step and batches.fingerprint != meta.clips:
+            batches.close()
+            raise UserError(
+                f"the clips of data.clips={self.data.clips} are not those that {self.workdir} was "
+                "trained on, so its data position means nothing in them: put those clips back or "
+                "give another --workdir"
+            )
+        meta = dataclasses.replace(meta, clips=batches.fingerprint)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
 
         def finish_steps(ahead: int) -> None:
