@@ -99,9 +99,10 @@ class Progress:
         stage = self._stage
         extra = {k: float(v) for k, v in metrics.items() if k not in ("loss", "skipped")}
         extra["skipped"] = int(metrics["skipped"])
-        speed = {"steps_per_second": rate, "data_wait": wait, "elapsed": self.elapsed}
-        self._metrics.write({"stage": stage.name, "step": step, "loss": loss, **extra, **speed})
-        scalars = {"loss": loss, **extra, "steps_per_second": rate, "data_wait": wait}
+        pace = {"steps_per_second": rate, "data_wait": wait}
+        row = {"stage": stage.name, "step": step, "loss": loss, **extra, **pace}
+        self._metrics.write(row | {"elapsed": self.elapsed})
+        scalars = {"loss": loss, **extra, **pace}
         self._board.scalars({k: v for k, v in scalars.items() if np.isfinite(v)}, step)
         left = self._left(stage, stage.steps - step, rate, self.elapsed)
         # Later stages are taken to cost as much per sample as this one, for want of better.
@@ -109,10 +110,15 @@ class Progress:
             self._left(s, s.steps, rate * stage.batch_size / s.batch_size, 0.0) for s in self._later
         )
         known = np.isfinite(left + rest)
-        times = f"{duration(left)} left, all {duration(left + rest)}" if known else "time left ?"
+        times = (
+            f"{duration(left)} left, all {duration(left + rest)}"
+            if known
+            else "time left not known yet"
+        )
+        speed = f"{rate:.3g} steps/s" if np.isfinite(rate) else "compiled"
         skipped = f" | {extra['skipped']} steps skipped" if extra["skipped"] else ""
         print(
-            f"{stage.name} {step}/{stage.steps} | loss {loss:.4g} | {rate:.3g} steps/s | {times} | "
+            f"{stage.name} {step}/{stage.steps} | loss {loss:.4g} | {speed} | {times} | "
             f"data wait {100 * wait:.0f}%{skipped}",
             flush=True,
         )

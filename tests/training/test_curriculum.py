@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from micro_config import get_config
 
 from nuwa_jax.errors import UserError
@@ -40,14 +41,18 @@ def test_every_stage_of_the_default_curriculum_covers_the_model():
         lambda key: model.init(key, height=16, width=24, frames=3), jax.random.key(0)
     )
     trained = {
-        stage.name: set(partition_for(stage, params)[0]) for stage in stages_from_config(config)
+        stage.name: traverse_util.flatten_dict(partition_for(stage, params)[0], sep="/")
+        for stage in stages_from_config(config)
     }
-    assert trained == {
+    parts = {name: {path.split("/")[0] for path in paths} for name, paths in trained.items()}
+    assert parts == {
         "autoencoder": {"autoencoder"},
         "text_to_video": {"text", "unet"},
-        "flow": {"flow_encoder"},
+        "flow": {"flow_encoder", "unet"},
         "drag": {"text", "unet", "flow_encoder", "drag"},
     }
+    assert all("flow_" in path for path in trained["flow"])
+    assert not any("flow_" in path or "drag_" in path for path in trained["text_to_video"])
 
 
 def test_measured_latent_statistics_cannot_be_trained():

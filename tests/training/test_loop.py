@@ -9,9 +9,10 @@ from fake_model import FakeModel
 from micro_config import get_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nuwa_jax.data.pipeline import make_batches
+from nuwa_jax.data.pipeline import DataConfig, make_batches
 from nuwa_jax.data.video import read_video
 from nuwa_jax.errors import UserError
+from nuwa_jax.generation.stage_samples import StageSamples
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
 from nuwa_jax.training.checkpoint import load_final
 from nuwa_jax.training.loop import NonFiniteError, train
@@ -49,27 +50,37 @@ def assert_same_params(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-class KillAt:
-    """Ends the process's view of the world at a step, as a kill would: nothing more is saved."""
+class Watched:
+    """Batches of which every draw goes through `draw(batches, number of the draw)`."""
 
-    def __init__(self, monkeypatch, batches):
-        self.left = batches
-        monkeypatch.setattr("nuwa_jax.training.loop.make_batches", self)
+    def __init__(self, batches, draw):
+        self._batches, self._draw, self._count = batches, draw, 0
 
-    def __call__(self, *args, **kwargs):
-        outer, inner = self, make_batches(*args, **kwargs)
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
 
-        class Counted:
-            next_index = property(lambda self: inner.next_index)
-            close = inner.close
+    def __next__(self):
+        self._count += 1
+        return self._draw(self._batches, self._count)
 
-            def __next__(self):
-                if outer.left == 0:
-                    raise KeyboardInterrupt
-                outer.left -= 1
-                return next(inner)
 
-        return Counted()
+def watch(monkeypatch, draw):
+    monkeypatch.setattr(
+        "nuwa_jax.training.loop.make_batches",
+        lambda *args, **kwargs: Watched(make_batches(*args, **kwargs), draw),
+    )
+
+
+def die_after(monkeypatch, draws):
+    """Ends the run when it has drawn so many batches; nothing more is saved, as after a kill."""
+    left = iter(range(draws))
+
+    def draw(batches, _):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return next(batches)
+
+    watch(monkeypatch, draw)
 
 
 def test_a_run_leaves_a_checkpoint_per_stage_and_a_line_per_logged_step(finished):
@@ -115,8 +126,6 @@ def test_latents_are_normalised_once_the_autoencoder_is_trained(finished):
 
 
 def make_batches_from(config, *, batch_size):
-    from nuwa_jax.data.pipeline import DataConfig
-
     data = DataConfig.from_config(config.data)
     return make_batches(data, seed=config.seed, batch_size=batch_size)
 
@@ -134,7 +143,7 @@ def test_dying_anywhere_and_going_on_equals_never_dying(tmp_path, monkeypatch, s
     config.train.log_every = 4  # neither of checkpoints nor of the stage's length
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        KillAt(patch, steps)
+        die_after(patch, steps)
         train(config, tmp_path / "dead")
     train(config, tmp_path / "dead")
     assert rows(tmp_path / "dead") == rows(tmp_path / "whole")
@@ -146,7 +155,7 @@ def test_dying_anywhere_and_going_on_equals_never_dying(tmp_path, monkeypatch, s
 def test_a_line_cut_in_half_by_a_kill_is_written_again(tmp_path, monkeypatch):
     config = short_config()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        KillAt(patch, 5)
+        die_after(patch, 5)
         train(config, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "text_to_vi')
@@ -163,29 +172,14 @@ def test_a_signal_saves_after_the_running_step_and_the_next_run_goes_on(
     config = short_config()
     train(config, tmp_path / "whole")
 
-    class SignalAt(KillAt):
-        def __call__(self, *args, **kwargs):
-            if self.left == 4:  # the first stage's fourth step is neither a checkpoint's nor last
-                self.left -= 1
-                return Raising(make_batches(*args, **kwargs))
-            return make_batches(*args, **kwargs)
-
-    class Raising:
-        def __init__(self, inner):
-            self.inner, self.drawn = inner, 0
-            self.close = inner.close
-
-        next_index = property(lambda self: self.inner.next_index)
-
-        def __next__(self):
-            self.drawn += 1
-            if self.drawn == 4:
-                os.kill(os.getpid(), number)
-            return next(self.inner)
+    def draw(batches, count):
+        if count == 4:  # neither a checkpoint's step nor the last
+            os.kill(os.getpid(), number)
+        return next(batches)
 
     handlers = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        SignalAt(patch, 4)
+        watch(patch, draw)
         result = train(config, tmp_path / "stopped")
     assert (result.stage, result.step, result.signal) == ("text_to_video", 4, number)
     assert load_final(tmp_path / "stopped").step == 4
@@ -209,21 +203,12 @@ def test_elements_are_never_seen_twice_in_a_run(tmp_path, monkeypatch):
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(tmp_path, monkeypatch):
-    def poisoned(*args, **kwargs):
-        inner = make_batches(*args, **kwargs)
-
-        class Poisoned:
-            next_index = property(lambda self: inner.next_index)
-            close = inner.close
-
-            def __next__(self):
-                return (batch := next(inner))._replace(points=np.full_like(batch.points, np.nan))
-
-        return Poisoned()
+    def draw(batches, _):
+        return (batch := next(batches))._replace(points=np.full_like(batch.points, np.nan))
 
     config = short_config("drag")
     config.train.max_skipped = 2
-    monkeypatch.setattr("nuwa_jax.training.loop.make_batches", poisoned)
+    watch(monkeypatch, draw)
     with pytest.raises(NonFiniteError, match="stage drag: 3 steps in a row up to step 3"):
         train(config, tmp_path)
 
@@ -253,6 +238,17 @@ def test_the_preset_is_named_first_among_many_differences(finished):
         train(config, finished)
 
 
+def test_going_on_with_other_clips_is_refused(tmp_path, monkeypatch):
+    config = short_config("text_to_video")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_after(patch, 4)
+        train(config, tmp_path)
+    watch(monkeypatch, lambda batches, _: next(batches))
+    monkeypatch.setattr(Watched, "fingerprint", "of other clips", raising=False)
+    with pytest.raises(UserError, match="not those that .* was trained on"):
+        train(config, tmp_path)
+
+
 def test_stages_not_reached_yet_may_still_be_changed(tmp_path):
     config = short_config("text_to_video")
     train(config, tmp_path)
@@ -267,7 +263,7 @@ def test_a_time_budget_ends_a_stage_and_is_not_begun_again_by_a_restart(tmp_path
     config.stages.text_to_video.steps = 10**6
     config.stages.text_to_video.time_budget_minutes = 2 / 60
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        KillAt(patch, 8)
+        die_after(patch, 8)
         train(config, tmp_path)
     result = train(config, tmp_path)
     assert 6 < result.step < 10**6
@@ -277,13 +273,14 @@ def test_a_time_budget_ends_a_stage_and_is_not_begun_again_by_a_restart(tmp_path
     assert load_final(tmp_path).done
 
 
-def test_samples_are_shown_on_tensorboard_and_written_as_videos(tmp_path):
-    config = short_config("autoencoder")
-    config.train.sample_every = 4
-    train(config, tmp_path)
-    video, _ = read_video(tmp_path / "samples" / "00_autoencoder_0000004.mp4")
+@pytest.mark.parametrize("name", ["autoencoder", "text_to_video", "drag"])
+def test_samples_are_shown_on_tensorboard_and_written_as_videos(tmp_path, name):
+    config = short_config(name)
+    config.train.sample_every, config.sampling.steps = 4, 2
+    train(config, tmp_path, StageSamples(config))
+    video, _ = read_video(tmp_path / "samples" / f"00_{name}_0000004.mp4")
     assert video.shape == (3, 32, 4 * 24, 3)
-    board = EventAccumulator(str(tmp_path / "tensorboard" / "00_autoencoder")).Reload()
+    board = EventAccumulator(str(tmp_path / "tensorboard" / f"00_{name}")).Reload()
     (image,) = board.Images("samples")
     assert image.step == 4 and image.encoded_image_string[:4] == b"GIF8"
 
