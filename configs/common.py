@@ -90,6 +90,7 @@ def base() -> ConfigDict:
     c.diffusion = ConfigDict(dict(p_mean=0.7, p_std=1.6, sigma_min=0.002, sigma_max=700.0))
     c.raster = ConfigDict(dict(sigma=20.0, kernel_size=199))
     c.sampling = ConfigDict(dict(steps=25, method="euler"))
+    c.sampling.temperature = 1.0  # scale of the noise that sampling starts from
     c.sampling.guidance = ConfigDict(dict(text=1.0, image=1.0, drag=1.0))
 
     c.train = ConfigDict()

@@ -48,7 +48,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.diffusion = ConfigDict(dict(p_mean=0.3, p_std=1.3, sigma_min=0.02, sigma_max=80.0))
     c.sampling.steps = 16
     c.sampling.method = "dpmpp_2m"
-    c.sampling.guidance.drag = 1.75
+    c.sampling.temperature = 0.6
+    c.sampling.guidance.drag = 2.0
 
     stages = c.stages
     stages.autoencoder.update(steps=1500, batch_size=4, learning_rate=1.5e-3)

@@ -120,6 +120,7 @@ class Generator:
     ) -> jax.stages.Wrapped:
         levels = np.asarray(sigmas)
         method = self._sampling.method
+        temperature = self._sampling.get("temperature", 1.0)
         branches = guidance.branches()
         raster = self.config.raster
         size = (self.height, self.width)
@@ -169,7 +170,8 @@ class Generator:
             shape = model.latent_shape(*size, self.frames)
             noise = jax.vmap(lambda key: jax.random.normal(key, shape))(latent_keys)
             if video is None:
-                x = edm.initial_latents(noise, levels[0])
+                # Less noise to start from: fewer kinds of samples, but more likely ones.
+                x = edm.initial_latents(temperature * noise, levels[0])
             else:
                 x = edm.add_noise(model.encode(params, to_float(video)), noise, levels[0])
             latents = sample(denoise, x, levels, method=method)
