@@ -148,7 +148,9 @@ class VideoLDM:
             features = jax.eval_shape(self._flow_encoder.apply, {"params": encoder}, flow)
             features = [jnp.zeros(f.shape) for f in features]
             heads = _init(self._flow_heads, keys["heads"], features, jnp.ones((1,)))
-            params["flow_encoder"] = {"encoder": encoder, "heads": heads}
+            params["flow_encoder"] = {"encoder": encoder}
+            if heads:  # only FiLM has any
+                params["flow_encoder"]["heads"] = heads
         if self.unet.drag is not None:
             params["drag"] = _init(
                 self._drag,
@@ -290,7 +292,7 @@ class VideoLDM:
         if self.flow_encoder is not None and flow is not None:
             part = params["flow_encoder"]
             maps = self._flow_encoder.apply({"params": part["encoder"]}, flow)
-            features = self._flow_heads.apply({"params": part["heads"]}, maps, keep)
+            features = self._flow_heads.apply({"params": part.get("heads", {})}, maps, keep)
         drags = None
         if self.unet.drag is not None and points is not None:
             # Pixel centres are at integers; the network sees units of the picture.
@@ -393,10 +395,10 @@ def to_uint8(video: Float[Array, "..."]) -> UInt8[Array, "..."]:
 
 def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:
     if isinstance(key, jax.core.Tracer):
-        return module.init(key, *args)["params"]
+        return module.init(key, *args).get("params", {})
     # Runs once: compiling it well costs far more than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(module.init, compiler_options=options)(key, *args)["params"]
+    return jax.jit(module.init, compiler_options=options)(key, *args).get("params", {})
 
 
 def _section(cls: type, config: Any) -> Any:
