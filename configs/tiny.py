@@ -52,10 +52,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sampling.guidance.drag = 2.0
 
     stages = c.stages
-    stages.autoencoder.update(steps=1500, batch_size=4, learning_rate=1.5e-3)
+    stages.autoencoder.update(steps=2000, batch_size=4, learning_rate=1.5e-3)
     stages.text_to_video.update(steps=1000, batch_size=8, learning_rate=1e-3)
     stages.flow.update(steps=400, batch_size=8, learning_rate=1e-3)
-    stages.drag.update(steps=2000, batch_size=8, learning_rate=1e-3)
+    stages.drag.update(steps=3000, batch_size=8, learning_rate=1e-3)
     c.train.adam_b2 = 0.99
     c.train.decay_share = 0.3
     c.train.sample_every = 0
