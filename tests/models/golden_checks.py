@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from golden_names import UNET, flow_rows, head_rows, res_rows, to_params, transformer_rows
 
+from nuwa_jax.convert.rules import UNET, flow_rows, head_rows, res_rows, to_params, transformer_rows
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowHeads
 from nuwa_jax.models.unet import (
     SpatialResBlock,

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from golden_names import (
+
+from configs import dragnuwa_svd
+from nuwa_jax.convert.rules import (
     DECODER,
     ENCODER,
     UNET,
@@ -20,8 +22,6 @@ from golden_names import (
     to_state,
     unet_rows,
 )
-
-from configs import dragnuwa_svd
 from nuwa_jax.models.video_ldm import VideoLDM
 
 NAMES = pathlib.Path(__file__).parents[3] / "shared" / "golden" / "dragnuwa15_state_dict.json"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 from golden_checks import check, check_res_block, check_transformer, compiled, flow_features, load
-from golden_names import decoder_res_rows, fold_lora
 
+from nuwa_jax.convert.rules import decoder_res_rows, fold_lora
 from nuwa_jax.models.autoencoder import VideoResBlock
 from nuwa_jax.models.clip import resize_matrix
 

@@ -20,7 +20,9 @@ from golden_checks import (
     frames_last,
     load,
 )
-from golden_names import (
+from safetensors.numpy import load_file
+
+from nuwa_jax.convert.rules import (
     CLIP,
     autoencoder_rows,
     clip_rows,
@@ -31,8 +33,6 @@ from golden_names import (
     to_state,
     unet_rows,
 )
-from safetensors.numpy import load_file
-
 from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
 from nuwa_jax.models.clip import ClipVision, ClipVisionConfig, preprocess
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowHeads

@@ -1,0 +1,1 @@
+"""Released checkpoints to our parameters and back: names, layouts, streaming, the command."""
