@@ -24,6 +24,12 @@ OUT = flags.DEFINE_string("out", None, "The .mp4 to write; an overlay is written
 TEXT = flags.DEFINE_string("text", "", "Caption.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; the model's own by default.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "To compute in; the model's own by default."
+)
+PARAM_DTYPE = flags.DEFINE_enum(
+    "param_dtype", "float32", ["float32", "bfloat16"], "Of the weights in memory."
+)
 GUIDANCE = {
     name: flags.DEFINE_float(f"{name}_guidance", None, f"Guidance scale of the {name}.")
     for name in ("text", "image", "drag")
@@ -40,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     from nuwa_jax.generation.animate import animate
     from nuwa_jax.generation.generator import Generator
 
-    generator = Generator.load(CHECKPOINT.value)
+    generator = Generator.load(CHECKPOINT.value, param_dtype=PARAM_DTYPE.value, dtype=DTYPE.value)
     scales = {name: flag.value for name, flag in GUIDANCE.items() if flag.value is not None}
     written = animate(
         generator,

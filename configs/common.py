@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from nuwa_jax.errors import UserError
 
 BASE = (r"^(autoencoder|latents|image_encoder)/", "freeze")
+LORA = r"^lora/"  # of a converted checkpoint; models trained here have none
 NOT_DRAG = r"^(text/|unet/(?!.*(flow_|drag_)))"
 FLOW = r"^(flow_encoder/|unet/.*flow_)"
 DRAG = r"^(drag/|unet/.*drag_)"
@@ -18,24 +19,24 @@ def stages() -> ConfigDict:
     c.autoencoder = stage(
         rules=(
             (r"^autoencoder/", "train"),
-            (r"^(latents|text|image_encoder|unet|flow_encoder|drag)/", "freeze"),
+            (r"^(latents|text|image_encoder|unet|flow_encoder|drag|lora)/", "freeze"),
         ),
         condition="none",
         drop=(0.0, 0.0, 0.0),
     )
     c.autoencoder.objective = "reconstruct"
     c.text_to_video = stage(
-        rules=(BASE, (NOT_DRAG, "train"), (FLOW, "freeze"), (DRAG, "freeze")),
+        rules=(BASE, (NOT_DRAG, "train"), (FLOW, "freeze"), (DRAG, "freeze"), (LORA, "train")),
         condition="none",
         drop=(0.1, 0.1, 0.0),
     )
     c.flow = stage(
-        rules=(BASE, (NOT_DRAG, "freeze"), (FLOW, "train"), (DRAG, "freeze")),
+        rules=(BASE, (NOT_DRAG, "freeze"), (FLOW, "train"), (DRAG, "freeze"), (LORA, "freeze")),
         condition="flow",
         drop=(0.1, 0.1, 0.1),
     )
     c.drag = stage(
-        rules=(BASE, (NOT_DRAG, "train"), (FLOW, "train"), (DRAG, "train")),
+        rules=(BASE, (NOT_DRAG, "train"), (FLOW, "train"), (DRAG, "train"), (LORA, "train")),
         condition="drag",
         drop=(0.1, 0.1, 0.1),
     )
@@ -91,6 +92,7 @@ def base() -> ConfigDict:
     c.raster = ConfigDict(dict(sigma=20.0, kernel_size=199))
     c.sampling = ConfigDict(dict(steps=25, method="euler"))
     c.sampling.temperature = 1.0  # scale of the noise that sampling starts from
+    c.sampling.decode_frames = 0  # frames the decoder sees at once; 0: all
     c.sampling.guidance = ConfigDict(dict(text=1.0, image=1.0, drag=1.0))
 
     c.train = ConfigDict()

@@ -8,7 +8,6 @@ drag points of their first frames.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import EXAMPLE
 from nuwa_jax.motion.drags import DragSet
 from nuwa_jax.motion.tracks import SamplerConfig, sample_trajectories
+from nuwa_jax.presets import load_preset
 from nuwa_jax.training.loop import train
 
 SHOWN_CLIPS = 4
@@ -92,10 +92,7 @@ def run(out: Path, clips: Path | None, num_scenes: int) -> None:
 
 
 def _demo_config(prepared: Path | None) -> ml_collections.ConfigDict:
-    try:
-        config = importlib.import_module("configs.demo").get_config()
-    except ModuleNotFoundError as error:
-        raise UserError("configs/demo.py is not found: run the demo from the repository") from error
+    config = load_preset("demo")
     if prepared is not None:
         config.data.clips = str(prepared)
         config.data.clips_weight, config.data.scenes_weight = CLIPS_SHARE, 1 - CLIPS_SHARE

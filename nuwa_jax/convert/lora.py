@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nuwa_jax.convert.tensor_files import Spec, TensorSource
+from nuwa_jax.tensor_files import Spec, TensorSource
 
 LINEAR, DOWN, UP = ".linear.", ".lora_down.weight", ".lora_up.weight"
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from nuwa_jax.data.tokenizer import encode_text
@@ -36,9 +37,26 @@ class Generator:
         self._compiled = functools.cache(self._compile)
 
     @classmethod
-    def load(cls, checkpoint: str | Path | None = None, stage: str | None = None) -> Generator:
-        """The generator of `nuwa_jax.generation.weights.load_model`'s model."""
-        return cls(load_model(checkpoint, stage))
+    def load(
+        cls,
+        checkpoint: str | Path | None = None,
+        stage: str | None = None,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: str | None = None,
+    ) -> Generator:
+        """The generator of `nuwa_jax.generation.weights.load_model`'s model.
+
+        Args:
+          checkpoint: see there.
+          stage: see there.
+          param_dtype: see there.
+          dtype: to compute in; the config's `model.dtype` by default.
+        """
+        model = load_model(checkpoint, stage, param_dtype)
+        if dtype is not None:
+            model.config.model.dtype = dtype
+        return cls(model)
 
     @property
     def _sampling(self) -> ml_collections.ConfigDict:
@@ -121,6 +139,7 @@ class Generator:
         levels = np.asarray(sigmas)
         method = self._sampling.method
         temperature = self._sampling.get("temperature", 1.0)
+        decode_frames = self._sampling.get("decode_frames", 0)
         branches = guidance.branches()
         raster = self.config.raster
         size = (self.height, self.width)
@@ -136,6 +155,7 @@ class Generator:
             video: UInt8[Array, "b t h w 3"] | None,
         ) -> UInt8[Array, "b t h w 3"]:
             b = image.shape[0]
+            params = model.merge(params)
             flow = None
             if with_drags:
                 flow = rasterize(
@@ -175,7 +195,7 @@ class Generator:
             else:
                 x = edm.add_noise(model.encode(params, to_float(video)), noise, levels[0])
             latents = sample(denoise, x, levels, method=method)
-            return to_uint8(model.decode(params, latents))
+            return to_uint8(model.decode(params, latents, decode_frames))
 
         return jax.jit(run)
 

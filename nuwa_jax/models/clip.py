@@ -1,6 +1,7 @@
 """CLIP's image encoder: the picture as one token of cross-attention context (SVD).
 
-At full size this is OpenCLIP's ViT-H/14 image tower, whose released weights load unchanged.
+At full size this is OpenCLIP's ViT-H/14 image tower, whose released weights load unchanged. The
+text tower (`clip_text.py`) is made of the same blocks.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.models.layers import Dense, dot_product_attention, layer_norm
 
 # Mean and standard deviation of the pixels (0..1) CLIP was trained on.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# OpenCLIP trained with the exact GELU, OpenAI with the sigmoid that resembles it.
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +98,24 @@ class ClipVision(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Pre-norm transformer block; q, k, v in one projection with bias, exact GELU."""
+    """Pre-norm transformer block; q, k, v in one projection with bias."""
 
     heads: int
     mlp_ratio: int
     dtype: jnp.dtype = jnp.float32
+    activation: str = "gelu"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l c"]) -> Float[Array, "n l c"]:
+    def __call__(
+        self, x: Float[Array, "n l c"], mask: Bool[Array, "l l"] | None = None
+    ) -> Float[Array, "n l c"]:
         c, dtype = x.shape[-1], self.dtype
         y = Dense(3 * c, dtype=dtype, name="qkv")(layer_norm("norm1", dtype)(x))
         q, k, v = rearrange(y, "n l (p e d) -> p n l e d", p=3, e=self.heads)
-        y = rearrange(dot_product_attention(q, k, v), "n l e d -> n l (e d)")
-        x = x + Dense(c, dtype=dtype, name="out")(y)
+        y = dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
+        x = x + Dense(c, dtype=dtype, name="out")(rearrange(y, "n l e d -> n l (e d)"))
         y = Dense(self.mlp_ratio * c, dtype=dtype, name="mlp_1")(layer_norm("norm2", dtype)(x))
-        return x + Dense(c, dtype=dtype, name="mlp_2")(jax.nn.gelu(y, approximate=False))
+        return x + Dense(c, dtype=dtype, name="mlp_2")(ACTIVATIONS[self.activation](y))
 
 
 def resize_matrix(old: int, new: int, *, blur: bool) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Low-rank updates of the U-Net's matrices (Hu et al. 2021, arXiv 2106.09685), kept apart from them.
+"""Low-rank updates of the U-Net's matrices (Hu et al. 2021, arXiv 2106.09685).
 
-DragNUWA 1.5 was trained through one of rank 32 on every linear layer. `params["lora"]` mirrors the
-paths of what it changes; a kernel is used as `kernel + down @ up`.
+DragNUWA 1.5 was trained through one of rank 32 on every linear layer. They are kept apart from the
+matrices: `params["lora"]` mirrors the paths of what it changes, and a kernel is used as
+`kernel + down @ up`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def init_lora(key: PRNGKeyArray, params: Mapping[str, Any], rank: int) -> Params
 
 
 def merge_lora(params: Params) -> Params:
-    """`params` with every update added to its kernel and no "lora"; as they are if there is none."""
+    """`params` without "lora", every update added to its kernel; as they are if there is none."""
     if "lora" not in params:
         return params
     flat = flatten_dict({k: v for k, v in params.items() if k != "lora"}, sep="/")

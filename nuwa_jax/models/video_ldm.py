@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
 from nuwa_jax.models.clip import ClipVision, ClipVisionConfig, preprocess
+from nuwa_jax.models.clip_text import ClipText, ClipTextConfig
 from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, DragEmbedding
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowFeature, FlowHeads
 from nuwa_jax.models.layers import sinusoids
+from nuwa_jax.models.lora import init_lora, merge_lora
 from nuwa_jax.models.text import TextEncoder, TextEncoderConfig
 from nuwa_jax.models.unet import UNet, UNetConfig
 
@@ -55,13 +58,14 @@ class VideoLDM:
     known frame if `image_mask`) and, with an `image_encoder`, as one token of the context.
     `augmentation` is the deviation of the noise added to the picture whose latents are concatenated
     (SVD: 0.02). `vector` names the numbers whose sinusoids are added to the time embedding: any of
-    "fps", "motion_bucket", "augmentation".
+    "fps", "motion_bucket", "augmentation". With `lora_rank`, `lora` holds a low-rank
+    update of every linear layer of the base U-Net.
     """
 
     autoencoder: AutoencoderConfig
     unet: UNetConfig
     flow_encoder: FlowEncoderConfig | None = None
-    text: TextEncoderConfig | None = None
+    text: TextEncoderConfig | ClipTextConfig | None = None
     image_encoder: ClipVisionConfig | None = None
     vector: tuple[str, ...] = ("fps",)
     motion_bucket: float = 4.0
@@ -69,6 +73,7 @@ class VideoLDM:
     image_concat: bool = True
     image_concat_raw: bool = False
     image_mask: bool = True
+    lora_rank: int = 0
     dtype: Any = jnp.float32
 
     @classmethod
@@ -89,7 +94,7 @@ class VideoLDM:
             autoencoder=autoencoder,
             unet=unet,
             flow_encoder=flow,
-            text=_section(TextEncoderConfig, config.get("text")),
+            text=_text_section(config.get("text")),
             image_encoder=_section(ClipVisionConfig, config.get("image_encoder")),
             vector=tuple(config.vector),
             motion_bucket=config.get("motion_bucket", 4.0),
@@ -97,6 +102,7 @@ class VideoLDM:
             image_concat_raw=config.get("image_concat_raw", False),
             image_concat=config.image_concat,
             image_mask=config.image_mask,
+            lora_rank=config.get("lora_rank", 0),
             dtype=jnp.dtype(config.dtype),
         )
 
@@ -180,7 +186,14 @@ class VideoLDM:
         params["unet"] = _init(
             self._unet, keys["unet"], *self._unet_inputs(x, x[:, 0, 0, 0, 0], condition)
         )
+        if self.lora_rank:
+            key = jax.random.fold_in(keys["unet"], 1)
+            params["lora"] = init_lora(key, {"unet": params["unet"]}, self.lora_rank)
         return params
+
+    def merge(self, params: Params) -> Params:
+        """The parameters with low-rank updates added in, as every other method takes them."""
+        return merge_lora(params)
 
     def posterior(
         self, params: Params, video: Float[Array, "b t H W 3"]
@@ -202,11 +215,29 @@ class VideoLDM:
         return self.normalize(params, self.posterior(params, video)[0])
 
     def decode(
-        self, params: Params, latents: Float[Array, "b t h w c"]
+        self, params: Params, latents: Float[Array, "b t h w c"], frames_per_call: int = 0
     ) -> Float[Array, "b t H W 3"]:
-        """Video, about [-1, 1], of normalised latents; all frames in one decoder call."""
+        """Video, about [-1, 1], of normalised latents.
+
+        Args:
+          params: the model's parameters.
+          latents: normalised, as `encode` gives them.
+          frames_per_call: how many consecutive frames the temporal decoder sees at once; 0: all,
+            which is smoothest. Fewer need less memory. DragNUWA 1.5 decodes 1 at a time, so that
+            its decoder never smooths over frames.
+        """
         z = latents / params["latents"]["scale"] + params["latents"]["mean"]
-        return self.decode_raw(params, z)
+        t = z.shape[1]
+        if not 0 < frames_per_call < t:
+            return self.decode_raw(params, z)
+        # One call after another, or their memory would add up.
+        whole = t - t % frames_per_call
+        chunks = rearrange(z[:, :whole], "b (n t) h w c -> n b t h w c", t=frames_per_call)
+        video = jax.lax.map(lambda chunk: self.decode_raw(params, chunk), chunks)
+        video = rearrange(video, "n b t h w c -> b (n t) h w c")
+        if whole < t:
+            video = jnp.concatenate([video, self.decode_raw(params, z[:, whole:])], axis=1)
+        return video
 
     def decode_raw(self, params: Params, z: Float[Array, "b t h w c"]) -> Float[Array, "b t H W 3"]:
         """Video of latents as the encoder gives them (not normalised)."""
@@ -235,7 +266,7 @@ class VideoLDM:
           frames: frames t of the video to be made.
           size: its height and width in pixels; points and flow are in these pixels.
           image: the first frame in [-1, 1].
-          text: caption bytes (`nuwa_jax.data.tokenizer`).
+          text: the captions' tokens (`nuwa_jax.data.tokenizer`): bytes, or CLIP's.
           flow: dense or rasterised flow, pixels per frame; `flow[:, 0] = 0`.
           points: drags in pixels, with their `state`.
           fps: frames per second; enters where the config's `vector` names it.
@@ -271,9 +302,7 @@ class VideoLDM:
 
         context = mask = None
         if self.text is not None:
-            text = jnp.zeros((b, 1), jnp.int32) if text is None else text
-            text = jnp.where(drop.text[:, None], 0, text)
-            context, mask = self._text.apply({"params": params["text"]}, text)
+            context, mask = self._text_context(params["text"], text, drop.text)
 
         if self.image_encoder is not None:
             embedding = jnp.zeros((b, self.image_encoder.projection))
@@ -285,7 +314,8 @@ class VideoLDM:
                 context = embedding[:, None]
             else:
                 context = jnp.concatenate([context, embedding[:, None]], axis=1)
-                mask = jnp.concatenate([mask, jnp.ones((b, 1), bool)], axis=1)
+                if mask is not None:
+                    mask = jnp.concatenate([mask, jnp.ones((b, 1), bool)], axis=1)
 
         keep = 1.0 - drop.drag.astype(jnp.float32)
         features = None
@@ -329,6 +359,19 @@ class VideoLDM:
         out = self._unet.apply({"params": params["unet"]}, *inputs)
         return x / (s**2 + 1) - out * s * c_in
 
+    def _text_context(
+        self, params: Params, text: Int[Array, "b l"] | None, dropped: Bool[Array, " b"]
+    ) -> tuple[Float[Array, "b l c"], Bool[Array, "b l"] | None]:
+        """The captions' features and which of them count; a dropped caption is an empty one."""
+        if isinstance(self.text, ClipTextConfig):
+            empty = self.text.empty_text(self.text.max_length if text is None else text.shape[1])
+            text = jnp.where(dropped[:, None], empty, empty if text is None else text)
+            # Padding counts: networks trained on CLIP's features were shown those of all tokens.
+            return self._text.apply({"params": params}, text).tokens, None
+        text = jnp.zeros((len(dropped), 1), jnp.int32) if text is None else text
+        text = jnp.where(dropped[:, None], 0, text)
+        return self._text.apply({"params": params}, text)
+
     def _unet_inputs(self, x: Array, c_noise: Array, condition: Condition) -> tuple[Any, ...]:
         if condition.concat is not None:
             x = jnp.concatenate([x, condition.concat], axis=-1)
@@ -351,8 +394,9 @@ class VideoLDM:
         return TemporalDecoder(self.autoencoder, self.dtype)
 
     @property
-    def _text(self) -> TextEncoder:
-        return TextEncoder(self.text, self.dtype)
+    def _text(self) -> TextEncoder | ClipText:
+        module = ClipText if isinstance(self.text, ClipTextConfig) else TextEncoder
+        return module(self.text, self.dtype)
 
     @property
     def _image_encoder(self) -> ClipVision:
@@ -399,6 +443,17 @@ def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:
     # Runs once: compiling it well costs far more than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(module.init, compiler_options=options)(key, *args).get("params", {})
+
+
+def _text_section(config: Any) -> TextEncoderConfig | ClipTextConfig | None:
+    """`model.text`, whose `kind` says which encoder it is: one of bytes unless it says "clip"."""
+    if config is None:
+        return None
+    kinds = {"bytes": TextEncoderConfig, "clip": ClipTextConfig}
+    kind = config.get("kind", "bytes")
+    if kind not in kinds:
+        raise UserError(f"model.text.kind must be one of {tuple(kinds)}, got {kind!r}")
+    return _section(kinds[kind], {k: v for k, v in config.items() if k != "kind"})
 
 
 def _section(cls: type, config: Any) -> Any:

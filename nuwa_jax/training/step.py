@@ -134,6 +134,7 @@ def make_loss(model: VideoLDM, config: Any, stage: Stage) -> Callable[..., Any]:
     def denoise(
         params: Params, batch: Batch, draws: Draws, progress: Array
     ) -> tuple[Array, Metrics]:
+        params = model.merge(params)
         video = to_float(batch.video)
         clean = jax.lax.stop_gradient(model.encode(params, video))
         x = clean + draws.sigma[:, None, None, None, None] * draws.noise

@@ -1,0 +1,80 @@
+"""Released PyTorch checkpoints to our weights, and our weights to the names of others.
+
+python -m nuwa_jax.convert --from=drag_nuwa_svd.safetensors --out=model
+python -m nuwa_jax.convert --from=stable-video-diffusion-img2vid --out=model --dtype=bfloat16
+python -m nuwa_jax.convert --from=model --to=diffusers --out=folder
+
+Reads DragNUWA 1.5 and Stability's SVD (.safetensors; .pth and .ckpt need PyTorch) and diffusers
+folders of SVD. Every array is mapped, folded or ignored for a stated reason; one that is left over
+or missing is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from nuwa_jax.errors import UserError, run_main
+
+FROM = flags.DEFINE_string("from", None, "A checkpoint, a diffusers folder or a model of ours.")
+OUT = flags.DEFINE_string("out", None, "Folder to write.")
+TO = flags.DEFINE_enum(
+    "to",
+    "nuwa_jax",
+    ["nuwa_jax", "sgm", "diffusers"],
+    "Whose names: ours, those of Stability's code (SVD, DragNUWA 1.5), or a diffusers folder.",
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; float32, or as they are."
+)
+LORA = flags.DEFINE_enum(
+    "lora", "fold", ["fold", "keep"], "Low-rank updates: added in, or kept apart to train them on."
+)
+LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "Of the low-rank updates.")
+HEIGHT = flags.DEFINE_integer("height", 320, "Pixels of the videos the model is to make.")
+WIDTH = flags.DEFINE_integer("width", 576, "Pixels of the videos the model is to make.")
+FRAMES = flags.DEFINE_integer("frames", 14, "Of the videos the model is to make.")
+HEAD_CHANNELS = flags.DEFINE_integer(
+    "head_channels", None, "Width of the U-Net's attention heads, which no shape tells; 64."
+)
+CLIP_HEADS = flags.DEFINE_integer(
+    "clip_heads", None, "Heads of the image encoder, which no shape tells; as published."
+)
+REPORT = flags.DEFINE_string("report", None, "Write what became of the arrays here, as JSON.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags to one call."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected arguments {argv[1:]}: options start with --")
+    if not FROM.value or not OUT.value:
+        raise UserError("give --from=FILE or folder and --out=DIR")
+    if TO.value == "nuwa_jax":
+        from nuwa_jax.convert.released import convert
+
+        report = convert(
+            FROM.value,
+            OUT.value,
+            dtype=DTYPE.value or "float32",
+            fold_lora=LORA.value == "fold",
+            lora_scale=LORA_SCALE.value,
+            size=(HEIGHT.value, WIDTH.value),
+            frames=FRAMES.value,
+            head_channels=HEAD_CHANNELS.value,
+            clip_heads=CLIP_HEADS.value,
+        )
+        print("\n".join(report.lines()))
+        if REPORT.value:
+            Path(REPORT.value).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        return
+    from nuwa_jax.convert.export import export
+
+    family = "hf" if TO.value == "diffusers" else "sgm"
+    print("\n".join(export(FROM.value, OUT.value, family, DTYPE.value).lines()))
+
+
+if __name__ == "__main__":
+    run_main(main)
