@@ -33,11 +33,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("give --workdir=DIR, where the run is to be stored")
 
     from nuwa_jax.generation.stage_samples import StageSamples
+    from nuwa_jax.generation.weights import load_model
     from nuwa_jax.training.loop import train
 
     config = CONFIG.value
     sample_fn = StageSamples(config) if config.train.sample_every else None
-    result = train(config, WORKDIR.value, sample_fn)
+    initial = None
+    if config.train.init_from:
+        initial = lambda: load_model(config.train.init_from).params  # noqa: E731
+    result = train(config, WORKDIR.value, sample_fn, initial)
     if result.signal is not None:
         print(f"stopped in {result.stage} after step {result.step}: run again to go on", flush=True)
         sys.exit(128 + result.signal)

@@ -96,6 +96,7 @@ def base() -> ConfigDict:
     c.sampling.guidance = ConfigDict(dict(text=1.0, image=1.0, drag=1.0))
 
     c.train = ConfigDict()
+    c.train.init_from = ""  # weights to start from: an exported or converted model, or a workdir
     c.train.log_every = 20
     c.train.checkpoint_every = 500
     c.train.keep = 2

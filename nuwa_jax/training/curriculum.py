@@ -146,6 +146,25 @@ def merge(trainable: Params, frozen: Params) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def overlay(params: Params, given: Params) -> Params:
+    """`params` with those of `given` in their places.
+
+    Raises:
+      UserError: one that is given has no place, or another shape.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path, leaf in traverse_util.flatten_dict(given, sep="/").items():
+        wanted = flat[path].shape if path in flat else None
+        if wanted != leaf.shape:
+            raise UserError(
+                f"the initial weights have {path} {leaf.shape}, the config's model has "
+                f"{wanted or 'no such parameter'}: give a config with the model section of the "
+                "weights' config.json"
+            )
+        flat[path] = leaf
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def partition_for(stage: Stage, params: Params) -> tuple[Params, Params]:
     """`partition` by the stage's rules, with the checks that only a stage can make."""
     try:

@@ -26,7 +26,14 @@ from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
-from nuwa_jax.training.curriculum import LATENTS, Params, Stage, partition_for, stages_from_config
+from nuwa_jax.training.curriculum import (
+    LATENTS,
+    Params,
+    Stage,
+    overlay,
+    partition_for,
+    stages_from_config,
+)
 from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
 from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.state import TrainState, init_state
@@ -55,7 +62,10 @@ class Result:
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str | Path, sample_fn: SampleFn | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    sample_fn: SampleFn | None = None,
+    initial: Callable[[], Params] | None = None,
 ) -> Result:
     """Runs the stages of `config.curriculum`, going on where `workdir` was left.
 
@@ -68,15 +78,18 @@ def train(
       workdir: where checkpoints, metrics.jsonl, tensorboard/ and samples/ go.
       sample_fn: makes the clips to show every `config.train.sample_every` steps (0: never), for
         instance `nuwa_jax.generation.stage_samples.StageSamples`.
+      initial: loads parameters that the first stage starts from in place of random ones; parts of
+        the model that they lack start as ever. Called only if the run has no checkpoint yet.
 
     Raises:
-      UserError: the config makes no sense or is not that of the checkpoints in `workdir`.
+      UserError: the config makes no sense, is not that of the checkpoints in `workdir`, or
+        `initial` does not fit the model.
       NonFiniteError: more than `config.train.max_skipped` steps in a row were not finite.
     """
     workdir = Path(workdir)
     stages = stages_from_config(config)
     _check(config, stages)
-    run = _Run(config, workdir, stages, sample_fn)
+    run = _Run(config, workdir, stages, sample_fn, initial)
     with _stop_requested() as stop:
         params, position = None, 0
         for stage in stages:
@@ -106,20 +119,22 @@ class _Run:
         workdir: Path,
         stages: Sequence[Stage],
         sample_fn: SampleFn | None,
+        initial: Callable[[], Params] | None,
     ) -> None:
         self.config, self.workdir, self.stages = config, workdir, stages
-        self.sample_fn = sample_fn
+        self.sample_fn, self.initial = sample_fn, initial
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
         self.plain = plain_config(config)
         self.main = jax.process_index() == 0
 
     def params_before(self, stage: Stage) -> Params:
-        """What a stage starts from: the averages of the one before it, or random numbers."""
+        """What a stage starts from: the averages of the one before it, or initial parameters."""
         if stage.index == 0:
             data = self.data
             size = dict(height=data.height, width=data.width, frames=data.frames)
-            return self.model.init(init_key(self.config.seed), **size)
+            params = self.model.init(init_key(self.config.seed), **size)
+            return params if self.initial is None else overlay(params, self.initial())
         before = self.stages[stage.index - 1]
         with StageCheckpoints(self.workdir, before.label) as checkpoints:
             return checkpoints.restore_params(checkpoints.latest())

@@ -6,7 +6,13 @@ from micro_config import get_config
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM
-from nuwa_jax.training.curriculum import merge, partition, partition_for, stages_from_config
+from nuwa_jax.training.curriculum import (
+    merge,
+    overlay,
+    partition,
+    partition_for,
+    stages_from_config,
+)
 
 PARAMS = {"a": {"w": np.zeros(2), "b": np.ones(3)}, "c": {"w": np.full(1, 2.0)}}
 
@@ -16,6 +22,23 @@ def test_rules_split_params_and_merge_puts_them_together_again():
     assert trainable == {"a": PARAMS["a"]}
     assert frozen == {"c": PARAMS["c"]}
     assert merge(trainable, frozen) == PARAMS
+
+
+def test_given_params_take_their_places():
+    given = {"c": {"w": np.full(1, 7.0)}}
+    assert overlay(PARAMS, given) == {"a": PARAMS["a"], "c": given["c"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"c": {"v": np.zeros(1)}}, r"c/v \(1,\), the config's model has no such parameter"),
+        ({"c": {"w": np.zeros(4)}}, r"c/w \(4,\), the config's model has \(1,\)"),
+    ],
+)
+def test_given_params_without_a_place_are_named(given, told):
+    with pytest.raises(UserError, match=told):
+        overlay(PARAMS, given)
 
 
 def test_one_module_may_be_trained_in_part():
