@@ -34,6 +34,7 @@ REQUIREMENTS = [
     "ml-collections>=1.1,<2",  # configs/*.py and their --config overrides
     "tensorboard>=2.21,<3",  # writes scalars and sample videos; no TensorFlow
     "safetensors>=0.8,<0.9",  # the shipped model's weights
+    "ml-dtypes>=0.6,<0.7",  # bfloat16 arrays of released weights; what jax itself uses
 ]
 
 EXTRAS = {
@@ -49,6 +50,12 @@ EXTRAS = {
         "starlette>=1.10,<2",  # routes and static files
         "uvicorn>=0.54,<0.55",  # serves them
         "python-multipart>=0.0.34,<0.1",  # uploaded pictures
+    ],
+    # Read .pth checkpoints, and compare with the networks of others in tests and benchmarks.
+    "torch": [
+        "torch>=2.13,<2.14",  # opens files of weights; the other side of benchmarks/unet.py
+        "diffusers>=0.42.1,<0.43",  # SVD's U-Net and autoencoder
+        "transformers>=5.23,<6",  # CLIP
     ],
     # Work on this package: what `make test` and `make lint` run.
     "test": [

@@ -109,7 +109,7 @@ def canonical(name: str) -> str:
 def test_everything_imported_is_declared():
     runtime, extras = requirements()
     declared = {"jaxlib"} | {distribution(r) for r in runtime}  # jaxlib: the other half of jax
-    declared |= {distribution(r) for name in ("prepare", "app") for r in extras[name]}
+    declared |= {distribution(r) for name in ("prepare", "app", "torch") for r in extras[name]}
     providers = importlib.metadata.packages_distributions()
     paths = [PACKAGE / m for m in MODULES] + [ROOT / "train.py", ROOT / "sample.py"]
     paths += sorted((ROOT / "configs").glob("*.py"))
@@ -125,7 +125,7 @@ def test_everything_imported_is_declared():
 
 def test_requirements_are_ranges():
     runtime, extras = requirements()
-    assert set(extras) == {"tpu", "cuda12", "prepare", "app", "test"}
+    assert set(extras) == {"tpu", "cuda12", "prepare", "app", "torch", "test"}
     for requirement in runtime + [r for extra in extras.values() for r in extra]:
         assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+,<[\d.]+", requirement), requirement
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
@@ -139,6 +140,7 @@ def table(model: VideoLDM, family: Family) -> dict[str, Leaf]:
     return found
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(model: VideoLDM) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by path, at no cost in memory."""
     side = model.autoencoder.reduction * 2 ** (len(model.unet.channel_mult) - 1)
@@ -330,7 +332,7 @@ def _config(
     _replace_sections(config.model, plan.section)
     config.data.height, config.data.width = size
     config.data.frames = frames
-    config.model.dtype = dtype
+    config.model.dtype = "float32" if dtype == "float32" else "bfloat16"  # to compute in
     ranks = {source.source.specs[f"{m}.lora_down.weight"].shape[0] for m in plan.lora.values()}
     if ranks:
         config.model.lora_rank = max(ranks)

@@ -82,9 +82,9 @@ def test_round_trip_is_bit_exact(ours, released, tmp_path):
 
 def test_sizes_are_read_off_the_shapes(ours, released, tmp_path):
     back(released, tmp_path)
-    found, expected = (
-        VideoLDM.from_config(_config(folder).model) for folder in (tmp_path, ours[0])
-    )
+    sections = (_config(tmp_path).model, _config(ours[0]).model)
+    sections[0].unet.remat = sections[1].unet.remat  # a matter of training, not of sizes
+    found, expected = (VideoLDM.from_config(section) for section in sections)
     assert found == expected
 
 

@@ -1,0 +1,239 @@
+"""Single blocks, and the flow encoder, which stands alone at a width of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from nuwa_jax.convert.rules import (
+    UNET,
+    Row,
+    flow_rows,
+    head_rows,
+    res_rows,
+    to_params,
+    transformer_rows,
+)
+from nuwa_jax.golden.compare import (
+    Item,
+    channels_last,
+    compiled,
+    flow_last,
+    guarded,
+    relative,
+)
+from nuwa_jax.golden.folder import Arrays
+from nuwa_jax.golden.model import Golden, flow_encoder_config
+from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowHeads
+from nuwa_jax.models.unet import (
+    SpatialResBlock,
+    Stream,
+    UNetConfig,
+    VideoResBlock,
+    VideoTransformer,
+)
+
+BLOCK = 1e-6
+# A chain of ten convolutions: XLA's own float32 rounding is 1.1e-6 here, the reference's 5e-7.
+FLOW_ENCODER = 2e-6
+
+
+def load(module: nn.Module, state: Mapping[str, np.ndarray], rows: list[Row], *args: Any) -> Any:
+    """The module's parameters from the reference's arrays."""
+    template = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    return to_params(state, rows, template)
+
+
+def check_resblock(golden: Golden) -> Iterator[Item]:
+    """Res blocks alone, with flow (also with frames that are pictures, and half of it) and plain."""
+    arrays = golden.arrays("resblock")
+    yield from arrays.require_some(
+        {"PLACE|module": r".+\|module", "PLACE|flow": r".+\|flow", "PLACE|ioi": r".+\|ioi"}
+    )
+    places = arrays.places()
+    if places and all("flow" in arrays.at(place) for place in places):
+        yield from arrays.require(["plain|module"])
+    for place in places:
+        checks = check_res_block(arrays.at(place), golden.state, golden.frames)
+        yield from guarded(arrays.name(place), checks)
+
+
+def check_res_block(
+    arrays: Arrays, state: Mapping[str, np.ndarray], frames: int, note: str = ""
+) -> Iterator[Item]:
+    """One res block: module, x, emb, out and, where it has flow: flow, ioi, out_ioi, spatial_only.
+
+    `frames` is the length of a video where no `ioi` [b t] tells it.
+    """
+    module = f"{UNET}.{arrays['module']}"
+    with_flow = f"{module}.flow_gamma_spatial.weight" in state or "flow" in arrays
+    if "ioi" in arrays:
+        frames = arrays["ioi"].shape[1]
+    x, emb = (channels_last(arrays[name], frames) for name in ("x", "emb"))
+    out = channels_last(arrays["out"], frames)
+    features, flow = out.shape[-1], None
+    block = VideoResBlock(features, "film")
+    stream = Stream(emb, None, None, None, np.zeros(x.shape[:2], bool))
+    if with_flow:
+        heads = FlowHeads(FlowEncoderConfig(where="decoder"), features, (1,))
+        inputs = ([channels_last(arrays["flow"], frames)], jnp.ones((len(x),)))
+        params = load(heads, state, head_rows("up_0", module), *inputs)
+        flow = compiled(heads.apply)({"params": params}, *inputs)["up_0"]
+    params = load(block, state, res_rows("", module), x, stream, flow)
+    apply = compiled(block.apply)
+    yield relative(arrays.name("out"), apply({"params": params}, x, stream, flow), out, BLOCK, note)
+    if not with_flow:
+        return
+    yield from arrays.require(["ioi", "out_ioi", "spatial_only"])
+    if "ioi" in arrays and "out_ioi" in arrays:
+        marked = stream._replace(image_only=arrays["ioi"] > 0.5)
+        ours = apply({"params": params}, x, marked, flow)
+        theirs = channels_last(arrays["out_ioi"], frames)
+        yield relative(arrays.name("out_ioi"), ours, theirs, BLOCK, note)
+    if "spatial_only" in arrays:
+        apply = compiled(SpatialResBlock(features, "film").apply)
+        ours = apply({"params": params["spatial"]}, x, emb, flow)
+        theirs = channels_last(arrays["spatial_only"], frames)
+        yield relative(arrays.name("spatial_only"), ours, theirs, BLOCK, note)
+
+
+def check_transformer(golden: Golden) -> Iterator[Item]:
+    """Transformers alone, with one and with several tokens of context, also one per frame."""
+    arrays = golden.arrays("transformer")
+    yield from arrays.require_some(
+        {
+            "PLACE|module": r".+\|module",
+            "PLACE|context_3tok": r".+\|context_\d+tok",
+            "PLACE|context_perframe_2tok": r".+\|context_perframe_\d+tok",
+        }
+    )
+    # Contexts of one kind are there at every place, except those of one context per frame.
+    found = arrays.matching(r".+\|(?:context|out)_(\d+tok)").values()
+    kinds = sorted({match[1] for match in found})
+    head_channels = golden.model.unet.head_channels
+    for place in arrays.places():
+        part = arrays.at(place)
+        more = part.matching(r"(?:context|out)_(perframe_\d+tok)").values()
+        checks = check_video_transformer(
+            part,
+            golden.state,
+            golden.frames,
+            head_channels,
+            [*kinds, *sorted({match[1] for match in more})],
+            golden.floor("transformer"),
+        )
+        yield from guarded(arrays.name(place), checks)
+
+
+def check_video_transformer(
+    arrays: Arrays,
+    state: Mapping[str, np.ndarray],
+    frames: int,
+    head_channels: int,
+    kinds: list[str],
+    note: str = "",
+) -> Iterator[Item]:
+    """One transformer: module, x and, for each kind, context_KIND and out_KIND."""
+    module = f"{UNET}.{arrays['module']}"
+    x = channels_last(arrays["x"], frames)
+    transformer = VideoTransformer(max(1, x.shape[-1] // head_channels), 4)
+    emb = np.zeros((*x.shape[:2], 1), np.float32)  # a transformer reads none
+    params = None
+    for kind in kinds:
+        yield from arrays.require([f"context_{kind}", f"out_{kind}"])
+        if f"context_{kind}" not in arrays or f"out_{kind}" not in arrays:
+            continue
+        context = rearrange(arrays[f"context_{kind}"], "(b t) l c -> b t l c", t=frames)
+        context = np.asarray(context, np.float32)
+        if params is None:
+            stream = Stream(emb, context[:, 0], None, None, None)
+            params = load(transformer, state, transformer_rows("", module), x, stream)
+
+        @compiled
+        def apply(params: Any, x: Array, emb: Array, context: Array) -> Array:
+            stream = Stream(emb, context[:, 0], None, None, None)
+            with contexts_per_frame(context):
+                return transformer.apply({"params": params}, x, stream)
+
+        ours = apply(params, x, emb, context)
+        theirs = channels_last(arrays[f"out_{kind}"], frames)
+        yield relative(arrays.name(f"out_{kind}"), ours, theirs, BLOCK, note)
+
+
+def contexts_per_frame(context: Float[Array, "b t l c"]) -> Any:
+    """Within it, each frame's attention over space has its own context.
+
+    Our networks take one context per video; the reference's take one per frame, of which attention
+    over time sees that of the first.
+    """
+
+    def interceptor(
+        call: Any, args: tuple, kwargs: dict, where: nn.module.InterceptorContext
+    ) -> Any:
+        if where.method_name == "__call__" and where.module.name == "spatial_block":
+            u, _, mask = args
+            args = (u, rearrange(context, "b t l c -> (b t) l c"), mask)
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(interceptor)
+
+
+def check_flow_encoder(golden: Golden) -> Iterator[Item]:
+    """Every level's features of two videos, and of one with its flow scaled."""
+    arrays = golden.arrays("flow_encoder")
+    levels = len(golden.setting("flow_encoder_alone.channel_mult"))
+    yield from arrays.require([f"f{level}_scale1" for level in range(levels)])
+    yield from arrays.require_some(
+        {
+            f"f{levels - 1}_video0_scale{scale}": rf"f\d+_video\d+_scale{re}"
+            for scale, re in (("0.0", r"0(?:\.0)?"), ("S", r"[\d.]*[1-9][\d.]*"))
+        }
+    )
+    flow = flow_last(arrays["flow"])
+    # (name, level, videos, scale); videos do not mix, so one call does for all.
+    wanted = []
+    for key, match in arrays.matching(r"f(\d+)_(?:video(\d+)_)?scale([\d.]+)").items():
+        videos = range(len(flow)) if match[2] is None else [int(match[2])]
+        wanted.append((key, int(match[1]), videos, float(match[3])))
+    rows = dict.fromkeys((video, scale) for _, _, videos, scale in wanted for video in videos)
+    rows = {row: i for i, row in enumerate(rows)}
+    flows = np.stack([np.float32(scale) * flow[video] for video, scale in rows])
+    alone = golden.setting("flow_encoder_alone")
+    key, level, *_ = wanted[0]
+    reduction = flow.shape[2] // (arrays[key].shape[2] << level)
+    features = flow_features(
+        golden.flow_state,
+        flows,
+        int(alone["model_channels"]),
+        tuple(alone["channel_mult"]),
+        reduction,
+        flow_encoder_config(alone.get("flow_dim_scale", 1)),
+    )
+    for key, level, videos, scale in wanted:
+        ours = features[level][np.array([rows[video, scale] for video in videos])]
+        theirs = channels_last(arrays[key], flow.shape[1])
+        note = "XLA's own float32 rounding is about 1e-6 from float64 here"
+        yield relative(arrays.name(key), ours, theirs, FLOW_ENCODER, note)
+
+
+def flow_features(
+    state: Mapping[str, np.ndarray],
+    flow: Float[np.ndarray, "b t H W 2"],
+    model_channels: int,
+    channel_mult: tuple[int, ...],
+    reduction: int,
+    config: FlowEncoderConfig,
+) -> list[Float[Array, "b t h w c"]]:
+    """The flow encoder's maps, one per level."""
+    module = FlowEncoder(config, model_channels, channel_mult, reduction)
+    rows = flow_rows(config, UNetConfig(channel_mult=channel_mult), reduction, heads=False)
+    rows = [row._replace(ours=row.ours.removeprefix("encoder/")) for row in rows]
+    params = load(module, state, rows, flow)
+    return compiled(module.apply)({"params": params}, flow)
