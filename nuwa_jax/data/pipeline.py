@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.data.records import Record, RecordError, RecordReader
 from nuwa_jax.data.scenes import HELD_OUT_SEED, Scene, SceneConfig, render_scene
-from nuwa_jax.data.tokenizer import encode_text
+from nuwa_jax.data.tokenizer import load_tokenizer
 from nuwa_jax.data.video import PointTransform, VideoError, read_video, resize_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.motion.estimators import DISFlow
@@ -61,6 +61,8 @@ class DataConfig:
       fps: frames per second of scenes. Clips keep the rate that they were prepared with.
       max_drags: k, the number of drags to which a clip is padded.
       text_length: l, the number of tokens to which a caption is padded or cut.
+      tokenizer: files of CLIP's vocabulary, where the model's text encoder is CLIP's: a folder with
+        vocab.json and merges.txt, or OpenCLIP's .txt.gz; "" makes tokens of bytes.
       scenes_weight, clips_weight: shares of elements that are scenes and real clips.
       clips: folder that `python -m nuwa_jax.data.webvid` made; "" for none.
       threads: that make batches; 0 makes them when they are asked for.
@@ -78,6 +80,7 @@ class DataConfig:
     fps: float = 8.0
     max_drags: int = 8
     text_length: int = 64
+    tokenizer: str = ""
     scenes_weight: float = 1.0
     clips: str = ""
     clips_weight: float = 0.0
@@ -262,6 +265,7 @@ class _Elements:
         self._shard = shard
         self._with_flow = with_flow
         self.local_batch_size = batch_size // num_shards
+        self._tokenize = load_tokenizer(config.tokenizer)
         self._clips_share = config.clips_weight / (config.clips_weight + config.scenes_weight)
         self._reader = _open_clips(config) if config.clips_weight else None
         self.fingerprint = self._reader.fingerprint if self._reader else ""
@@ -299,7 +303,7 @@ class _Elements:
             flow=None if clip.flow is None else clip.flow.astype(np.float16),
             points=drags.points,
             state=drags.state,
-            text=encode_text(clip.caption, config.text_length),
+            text=self._tokenize(clip.caption, config.text_length),
             fps=np.float32(clip.fps),
         )
 

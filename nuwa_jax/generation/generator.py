@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from nuwa_jax.data.tokenizer import encode_text
+from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.diffusion import edm
 from nuwa_jax.diffusion.guidance import GuidanceScales, guided_denoiser
 from nuwa_jax.diffusion.samplers import sample
@@ -33,6 +33,7 @@ class Generator:
         data = self.config.data
         self.height, self.width, self.frames = data.height, data.width, data.frames
         self.fps = data.fps
+        self._tokenize = tokenizer_of(self.config, folder=self.source)
         self.guidance = GuidanceScales(**{k: _scale(v) for k, v in self._sampling.guidance.items()})
         self._compiled = functools.cache(self._compile)
 
@@ -108,7 +109,7 @@ class Generator:
         steps = steps or self._sampling.steps
         sigmas = self._sigmas(steps, strength if video is not None else 1.0)
         captions = text if text is not None else [""] * b
-        tokens = np.stack([encode_text(t, self.config.data.text_length) for t in captions])
+        tokens = np.stack([self._tokenize(t, self.config.data.text_length) for t in captions])
         run = self._compiled(guidance or self.guidance, tuple(sigmas), points is not None)
         if points is None:
             points = np.zeros((b, 1, self.frames, 2))
