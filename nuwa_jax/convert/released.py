@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from einops import EinopsError
 from flax.traverse_util import flatten_dict
 
 from nuwa_jax.convert.architecture import infer_model
@@ -201,7 +202,7 @@ def make_plan(
         zeros = {n: np.broadcast_to(np.int8(0), shapes[n]) for n in leaf.theirs}
         try:
             shape = read_leaf(zeros.__getitem__, leaf).shape
-        except ValueError as error:  # einops and concatenate say which axes do not fit
+        except (ValueError, EinopsError) as error:  # another number of axes
             raise UserError(f"{leaf.theirs[0]} has the shape {shapes[leaf.theirs[0]]}") from error
         if shape != wanted[path]:
             raise UserError(
