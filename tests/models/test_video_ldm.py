@@ -168,3 +168,18 @@ def test_unknown_injection_and_form_are_refused():
 def test_nothing_to_condition_on_is_refused(model, params):
     with pytest.raises(ValueError, match="at least one of"):
         model.condition(params, frames=3, size=(16, 24))
+
+
+@pytest.mark.parametrize("frames_per_call", [0, 1, 2, 3, 4])
+def test_decoding_in_calls_of_some_frames_equals_decoding_those_frames_alone(
+    model, params, frames_per_call
+):
+    """3 frames: also in calls that do not divide them, and of more than there are."""
+    z = jax.random.normal(jax.random.key(3), (2, 3, 4, 6, 4))
+    decode = jax.jit(model.decode, static_argnums=2)
+    whole = decode(params, z, frames_per_call)
+    size = frames_per_call or 3
+    parts = [decode(params, z[:, i : i + size], 0) for i in range(0, 3, size)]
+    np.testing.assert_allclose(whole, np.concatenate(parts, axis=1), atol=1e-5)
+    apart = np.abs(whole - decode(params, z, 0)).max()
+    assert (apart > 1e-3) == (frames_per_call in (1, 2))
