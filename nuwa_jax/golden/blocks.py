@@ -52,7 +52,7 @@ def load(module: nn.Module, state: Mapping[str, np.ndarray], rows: list[Row], *a
 
 
 def check_resblock(golden: Golden) -> Iterator[Item]:
-    """Res blocks alone, with flow (also with frames that are pictures, and half of it) and plain."""
+    """Res blocks alone: with flow (also where frames are pictures, and its spatial half), plain."""
     arrays = golden.arrays("resblock")
     yield from arrays.require_some(
         {"PLACE|module": r".+\|module", "PLACE|flow": r".+\|flow", "PLACE|ioi": r".+\|ioi"}

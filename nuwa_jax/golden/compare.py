@@ -120,8 +120,8 @@ def exact(name: str, ours: Any, theirs: Any, note: str = "") -> Item:
     return Item(name, float((ours != theirs).sum()), 0.0, EXACT, note)
 
 
-def sums(name: str, values: Any, theirs: Float[np.ndarray, "2 *n"], bound: float) -> Item:
-    """Sum and sum of squares over all but the first axes of `theirs`, which is [2, *n].
+def sums(name: str, values: Any, theirs: Float[np.ndarray, "2 ..."], bound: float) -> Item:
+    """Sum and sum of squares of `values` over all but the first axes, those of `theirs` [2 ...].
 
     The error of a sum is taken relative to what sums of such values are at most, sqrt(number of
     values · sum of squares): its own value may be anything, zero included.

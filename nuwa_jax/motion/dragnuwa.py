@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, UInt8
 from nuwa_jax.motion.tracks import TrackState, pchip
 
 CANVAS = (576, 320)  # width and height of the picture that the demo's tracks are drawn on
+DEFECTS = ("still_points_move", "overwrite", "wrap", "crash")  # options of `reference_tracks`
 
 
 class ReferenceTracks(NamedTuple):
@@ -39,12 +40,13 @@ def reference_tracks(
     still_points_move: bool = False,
     overwrite: bool = False,
     wrap: bool = False,
+    crash: bool = False,
 ) -> ReferenceTracks:
     """The demo's tracks in each of `frames` frames of a clip of `height` x `width` pixels.
 
     Control points are scaled from the canvas and cut to whole pixels; PCHIP over their index (two:
     a straight line) gives the positions, whatever their distances. A step is drawn if the pixel it
-    starts from is in the picture; the demo crashes if it is beyond the right or the lower border.
+    starts from is in the picture.
 
     Args:
       tracks_json: the demo's tracks, as JSON or parsed.
@@ -58,6 +60,11 @@ def reference_tracks(
         if it stands still (the demo assigns displacements to the map, it does not add them).
       wrap: a step that starts up to a picture's size beyond the left or the upper border is drawn
         at the opposite one (the demo's indices are Python's, which count from the end).
+      crash: a step that starts beyond the right or the lower border is an error (in the demo, an
+        IndexError); so is, unless `wrap`, one beyond the left or the upper.
+
+    Raises:
+      ValueError: with `crash`, for the first such step.
     """
     tracks = json.loads(tracks_json) if isinstance(tracks_json, str) else tracks_json
     if not tracks:
@@ -70,6 +77,10 @@ def reference_tracks(
     wrapped = ((starts < 0) & wrap).any(-1)
     starts = np.where(wrap & (starts < 0), starts + size, starts)
     drawn = ((starts >= 0) & (starts < size)).all(-1)
+    if crash and not drawn.all():
+        track, step = np.argwhere(~drawn)[0]
+        x, y = paths[track, step]
+        raise ValueError(f"track {track} is at ({x:g}, {y:g}) in frame {step}, beyond the border")
     if overwrite:
         drawn &= ~_overwritten(starts, drawn)
 
