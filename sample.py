@@ -20,6 +20,15 @@ IMAGE = flags.DEFINE_string("image", None, "Picture to animate.")
 VIDEO = flags.DEFINE_string("video", None, "Clip whose motion is kept as far as --strength says.")
 STRENGTH = flags.DEFINE_float("strength", 0.7, "With --video: how much is remade, in (0, 1].")
 DRAGS = flags.DEFINE_string("drags", None, "Drags, a JSON file (see README).")
+DEMO_TRACKS = flags.DEFINE_string(
+    "dragnuwa_tracks", None, "Instead of --drags: a JSON file of tracks of the DragNUWA 1.5 demo."
+)
+DEMO_DEFECTS = flags.DEFINE_list(
+    "dragnuwa_defects",
+    [],
+    "With --dragnuwa_tracks, what to do as the demo does it: still_points_move, overwrite, wrap, "
+    "crash (see nuwa_jax/motion/dragnuwa.py).",
+)
 OUT = flags.DEFINE_string("out", None, "The .mp4 to write; an overlay is written beside it.")
 TEXT = flags.DEFINE_string("text", "", "Caption.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
@@ -40,18 +49,19 @@ def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}: options start with --")
-    if not DRAGS.value or not OUT.value:
-        raise UserError("give --drags=FILE.json and --out=FILE.mp4")
+    if bool(DRAGS.value) == bool(DEMO_TRACKS.value) or not OUT.value:
+        raise UserError("give --drags=FILE.json (or --dragnuwa_tracks) and --out=FILE.mp4")
 
-    from nuwa_jax.generation.animate import animate
+    from nuwa_jax.generation.animate import DragNuwaTracks, animate
     from nuwa_jax.generation.generator import Generator
 
     generator = Generator.load(CHECKPOINT.value, param_dtype=PARAM_DTYPE.value, dtype=DTYPE.value)
     scales = {name: flag.value for name, flag in GUIDANCE.items() if flag.value is not None}
+    drags = DRAGS.value or DragNuwaTracks(DEMO_TRACKS.value, tuple(DEMO_DEFECTS.value))
     written = animate(
         generator,
         image=IMAGE.value,
-        drags=DRAGS.value,
+        drags=drags,
         out=OUT.value,
         video=VIDEO.value,
         strength=STRENGTH.value if VIDEO.value else 1.0,

@@ -19,7 +19,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = common.full_size()
     c.preset = "dragnuwa_svd"
     c.data.fps = 4.0
-    c.raster = ConfigDict(dict(sigma=20.0, kernel_size=199))
+    # Drawn at whole pixels, as the released weights saw it.
+    c.raster = ConfigDict(dict(sigma=20.0, kernel_size=199, snap=True))
     c.model.flow_encoder = ConfigDict(dict(injection="film", where="encoder+decoder"))
     c.model.image_encoder = ConfigDict()
     c.model.vector = ("fps", "motion_bucket", "augmentation")

@@ -15,10 +15,23 @@ from nuwa_jax.diffusion.guidance import GuidanceScales
 from nuwa_jax.errors import UserError
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.overlay import overlay_video, side_by_side
+from nuwa_jax.motion.dragnuwa import DEFECTS, reference_tracks
 from nuwa_jax.motion.drags import DragSet
 from nuwa_jax.motion.tracks import Tracks
 
 OVERLAY_SIDE = 256  # the shorter side of an overlay is enlarged to about this many pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class DragNuwaTracks:
+    """A file of tracks of the DragNUWA 1.5 demo, and which of its defects to reproduce.
+
+    `defects` are options of `nuwa_jax.motion.dragnuwa.reference_tracks`. Its canvas is stretched
+    over the part of the picture that the model sees.
+    """
+
+    path: str | Path
+    defects: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +47,7 @@ def animate(
     generator: Generator,
     *,
     image: str | Path | None,
-    drags: str | Path,
+    drags: str | Path | DragNuwaTracks,
     out: str | Path,
     video: str | Path | None = None,
     strength: float = 1.0,
@@ -50,7 +63,8 @@ def animate(
     Args:
       generator: the model.
       image: the first frame. May be left out if `video` is given.
-      drags: a drags file (`nuwa_jax.motion.drags`) with as many frames as the model makes.
+      drags: a drags file (`nuwa_jax.motion.drags`) with as many frames as the model makes, or
+        tracks of the DragNUWA 1.5 demo.
       out: the .mp4 to write; the overlay gets `_overlay` added to its name.
       video: a clip whose motion is kept as far as `strength` leaves it; its first frame is the
         picture unless `image` is given.
@@ -74,21 +88,17 @@ def animate(
         raise UserError(f"--strength is greater than 0 and at most 1, got {strength}")
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
-    drag_set = DragSet.load(drags)
-    if drag_set.frames != generator.frames:
-        raise UserError(
-            f"{drags} is for {drag_set.frames} frames but the model makes {generator.frames}: "
-            f'set "frames" to {generator.frames} and check start, end and hidden'
-        )
-
+    drag_set = None if isinstance(drags, DragNuwaTracks) else _load_drags(drags, generator)
     clip = None if video is None else _read_clip(video, generator)
     picture = clip[0] if image is None else read_image(image)
     fitted, transform = resize_video(picture[None], generator.height, generator.width)
-    fitted_drags = fit_drags(drag_set, picture.shape[:2], transform, generator)
-    remarks = tuple(fitted_drags.outside())
+    if isinstance(drags, DragNuwaTracks):
+        tracks, remarks = _demo_tracks(drags, generator), ()
+    else:
+        fitted_drags = fit_drags(drag_set, picture.shape[:2], transform, generator)
+        tracks, remarks = fitted_drags.to_tracks(generator.frames), tuple(fitted_drags.outside())
     for remark in remarks:
         logging.warning("%s; what it drags leaves the picture there", remark)
-    tracks = fitted_drags.to_tracks(generator.frames)
     padded = _pad_to_bucket(tracks, generator.config.data.max_drags)
     if clip is not None:
         clip = resize_video(clip, generator.height, generator.width)[0][None]
@@ -148,6 +158,36 @@ def fit_drags(
     )
     drags = drags.resize(width, height).crop(left, top, crop_width, crop_height)
     return drags.resize(generator.width, generator.height)
+
+
+def _load_drags(path: str | Path, generator: Generator) -> DragSet:
+    drags = DragSet.load(path)
+    if drags.frames != generator.frames:
+        raise UserError(
+            f"{path} is for {drags.frames} frames but the model makes {generator.frames}: "
+            f'set "frames" to {generator.frames} and check start, end and hidden'
+        )
+    return drags
+
+
+def _demo_tracks(drags: DragNuwaTracks, generator: Generator) -> Tracks:
+    unknown = set(drags.defects) - set(DEFECTS)
+    if unknown:
+        raise UserError(f"the demo's defects are {', '.join(DEFECTS)}, not {sorted(unknown)}")
+    try:
+        text = Path(drags.path).read_text(encoding="utf-8")
+        size = (generator.frames, generator.height, generator.width)
+        points, state = reference_tracks(text, *size, **dict.fromkeys(drags.defects, True))
+    except OSError as error:
+        raise UserError(f"{drags.path} cannot be read: {error.strerror}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{drags.path} is no file of the demo's tracks, a JSON list of lists of points "
+            f"[[[x, y], ...], ...]: {error}"
+        ) from error
+    if not len(points):
+        raise UserError(f"{drags.path} holds no track that starts in the picture: draw one")
+    return Tracks(points, state)
 
 
 def _pad_to_bucket(tracks: Tracks, bucket: int) -> Tracks:

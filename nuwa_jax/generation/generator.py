@@ -142,7 +142,7 @@ class Generator:
         temperature = self._sampling.get("temperature", 1.0)
         decode_frames = self._sampling.get("decode_frames", 0)
         branches = guidance.branches()
-        raster = self.config.raster
+        raster = self.config.raster.to_dict()
         size = (self.height, self.width)
         model = self.model
 
@@ -159,9 +159,7 @@ class Generator:
             params = model.merge(params)
             flow = None
             if with_drags:
-                flow = rasterize(
-                    points, state, *size, sigma=raster.sigma, kernel_size=raster.kernel_size
-                )
+                flow = rasterize(points, state, *size, **raster)
             # Keys 0 and 1 of a sample: its latents' noise, the noise on its picture.
             latent_keys, picture_keys = (
                 jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(2)

@@ -161,9 +161,7 @@ def training_condition(
         flow = batch.flow.astype(jnp.float32)
     elif stage.condition == "drag":
         points, state = batch.points, batch.state.astype(jnp.int32)
-        flow = rasterize(
-            points, state, h, w, sigma=config.raster.sigma, kernel_size=config.raster.kernel_size
-        )
+        flow = rasterize(points, state, h, w, **config.raster)
         if stage.needs_flow:
             start, end = stage.dense_to_sparse
             dense = draws.dense < start + (end - start) * progress

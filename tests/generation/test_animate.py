@@ -13,7 +13,7 @@ from PIL import Image
 from configs import tiny
 from nuwa_jax.data.video import read_video, write_video
 from nuwa_jax.errors import UserError
-from nuwa_jax.generation.animate import animate
+from nuwa_jax.generation.animate import DragNuwaTracks, animate
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import WEIGHTS, Model, load_model, save_model
 from nuwa_jax.models.video_ldm import VideoLDM
@@ -69,6 +69,42 @@ def test_a_picture_and_drags_become_a_video_and_an_overlay(generator, files):
     assert len(overlay) == FRAMES
     assert overlay.shape[1] > HEIGHT
     assert written.remarks == ()
+
+
+def demo_tracks(path: Path, tracks: object) -> Path:
+    path.write_text(json.dumps(tracks))
+    return path
+
+
+def test_tracks_of_the_dragnuwa_demo(generator, files, tmp_path):
+    """On its canvas of 576x320; a point that should stay moves if its defect is asked for."""
+    path = demo_tracks(tmp_path / "tracks.json", [[[100, 100], [300, 200]], [[400, 160]]])
+    videos = []
+    for defects in ((), ("still_points_move",)):
+        files["drags"] = DragNuwaTracks(path, defects)
+        videos.append(read_video(animate(generator, **files).video)[0])
+    assert videos[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+    assert (videos[0] != videos[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("tracks", "defects", "told"),
+    [
+        ([[[100, 100], [700, 100], [900, 100]]], ("crash",), "beyond the border"),
+        ([[[700, 100]]], (), "no track that starts in the picture"),
+        ({"drags": 3}, (), "no file of the demo's tracks"),
+        ([[100, 100]], (), "no file of the demo's tracks"),
+        ([[[100, 100]]], ("fly",), "still_points_move, overwrite, wrap, crash"),
+    ],
+)
+def test_tracks_of_the_demo_that_cannot_be_used(generator, files, tmp_path, tracks, defects, told):
+    path = demo_tracks(tmp_path / "tracks.json", tracks)
+    files["drags"] = DragNuwaTracks(path, defects)
+    with pytest.raises(UserError, match=told):
+        animate(generator, **files)
+    files["drags"] = DragNuwaTracks(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        animate(generator, **files)
 
 
 def test_a_drag_that_leaves_the_picture_is_remarked(generator, files):
