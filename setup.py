@@ -29,6 +29,7 @@ REQUIREMENTS = [
     "av>=18,<19",  # decodes and encodes video; its wheels bring FFmpeg
     "opencv-python-headless>=5,<6",  # Lucas-Kanade tracks, DIS flow, drawing of scenes
     "pillow>=12.1.1,<14",  # reads pictures, draws overlays and contact sheets; Beam needs the 12
+    "ftfy>=6.3.1,<7",  # mends captions as CLIP's tokenizer did when its text towers were trained
     # Programs.
     "absl-py>=2.5,<3",  # flags and logging of the command-line programs
     "ml-collections>=1.1,<2",  # configs/*.py and their --config overrides

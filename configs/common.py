@@ -71,6 +71,7 @@ def base() -> ConfigDict:
     c.data.fps = 8.0
     c.data.max_drags = 8
     c.data.text_length = 64
+    c.data.tokenizer = ""  # CLIP's vocabulary, where model.text.kind is "clip"
     c.data.scenes_weight = 1.0
     c.data.clips = ""
     c.data.clips_weight = 0.0

@@ -7,6 +7,8 @@ python -m nuwa_jax.convert --from=model --to=diffusers --out=folder
 Reads DragNUWA 1.5 and Stability's SVD (.safetensors; .pth and .ckpt need PyTorch) and diffusers
 folders of SVD. Every array is mapped, folded or ignored for a stated reason; one that is left over
 or missing is an error that names it.
+
+python -m nuwa_jax.convert --part=text --from=open_clip_model.safetensors --out=text
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from pathlib import Path
 
 from absl import flags
 
+from nuwa_jax.convert.export import export
+from nuwa_jax.convert.released import Report, convert
+from nuwa_jax.convert.towers import convert_tower
 from nuwa_jax.errors import UserError, run_main
 
 FROM = flags.DEFINE_string("from", None, "A checkpoint, a diffusers folder or a model of ours.")
@@ -43,6 +48,21 @@ HEAD_CHANNELS = flags.DEFINE_integer(
 CLIP_HEADS = flags.DEFINE_integer(
     "clip_heads", None, "Heads of the image encoder, which no shape tells; as published."
 )
+PART = flags.DEFINE_enum(
+    "part",
+    "all",
+    ["all", "image_encoder", "text"],
+    "Only one tower of CLIP, of an OpenCLIP file or a Hugging Face folder, for train.init_from.",
+)
+CLIP_ACTIVATION = flags.DEFINE_enum(
+    "clip_activation", "gelu", ["gelu", "quick_gelu"], "Of a text tower; OpenAI's: quick_gelu."
+)
+CLIP_LAYER = flags.DEFINE_enum(
+    "clip_layer", "last", ["last", "penultimate"], "Whose features of a text tower are read."
+)
+CLIP_PADDING = flags.DEFINE_enum(
+    "clip_padding", "zero", ["zero", "end"], "What follows a caption; OpenAI's: end."
+)
 REPORT = flags.DEFINE_string("report", None, "Write what became of the arrays here, as JSON.")
 
 
@@ -53,9 +73,18 @@ def main(argv: Sequence[str]) -> None:
     if not FROM.value or not OUT.value:
         raise UserError("give --from=FILE or folder and --out=DIR")
     if TO.value == "nuwa_jax":
-        from nuwa_jax.convert.released import convert
+        report = _convert()
+        print("\n".join(report.lines()))
+        if REPORT.value:
+            Path(REPORT.value).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        return
+    family = "hf" if TO.value == "diffusers" else "sgm"
+    print("\n".join(export(FROM.value, OUT.value, family, DTYPE.value).lines()))
 
-        report = convert(
+
+def _convert() -> Report:
+    if PART.value == "all":
+        return convert(
             FROM.value,
             OUT.value,
             dtype=DTYPE.value or "float32",
@@ -66,14 +95,19 @@ def main(argv: Sequence[str]) -> None:
             head_channels=HEAD_CHANNELS.value,
             clip_heads=CLIP_HEADS.value,
         )
-        print("\n".join(report.lines()))
-        if REPORT.value:
-            Path(REPORT.value).write_text(json.dumps(report.to_json(), indent=1) + "\n")
-        return
-    from nuwa_jax.convert.export import export
-
-    family = "hf" if TO.value == "diffusers" else "sgm"
-    print("\n".join(export(FROM.value, OUT.value, family, DTYPE.value).lines()))
+    untold = {
+        "activation": CLIP_ACTIVATION.value,
+        "layer": CLIP_LAYER.value,
+        "padding": CLIP_PADDING.value,
+    }
+    return convert_tower(
+        FROM.value,
+        OUT.value,
+        PART.value,
+        dtype=DTYPE.value or "float32",
+        heads=CLIP_HEADS.value,
+        **untold if PART.value == "text" else {},
+    )
 
 
 if __name__ == "__main__":

@@ -65,6 +65,25 @@ def infer_model(
     return section
 
 
+def infer_clip_vision(shapes: Shapes, family: Family, heads: int | None = None) -> dict[str, Any]:
+    """The `image_encoder` section for the shapes of a file that holds CLIP and nothing else.
+
+    Args:
+      shapes: of all arrays: OpenCLIP's "visual.*", or Hugging Face's "vision_model.*".
+      family: which of the two.
+      heads: of attention; by default as many as published towers of this width have.
+
+    Raises:
+      UserError: there is no whole image tower.
+    """
+    if family == "hf":
+        named = {f"image_encoder/{name}": shape for name, shape in shapes.items()}
+    else:
+        tail = {name.removeprefix("visual"): shape for name, shape in shapes.items()}
+        named = {f"{CLIP}{name}": shape for name, shape in tail.items()}
+    return _clip(_Look(named, family), heads)
+
+
 class _Look:
     """Finds a shape under the name that it has in the family at hand."""
 

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,18 +186,43 @@ def make_plan(
         else:
             ignored[reason] += len(source.stored_names(name))
     lost = [name for name in source.modules if f"{name}.weight" not in shapes]
-    faults = [
-        f"{what}: {', '.join(names[:MAX_NAMED])}"
+    check_named(
+        "a model of SVD's kind",
+        {
+            "arrays are missing": missing,
+            "are left over": left_over,
+            "low-rank updates have no matrix": sorted(lost),
+        },
+    )
+    check_shapes(made, shapes, wanted)
+    lora = {}
+    if not source.fold:
+        for path, leaf in made.items():
+            module = leaf.theirs[0].removesuffix(".weight")
+            if module in source.modules and path.endswith("/kernel"):
+                lora[path.removesuffix("/kernel")] = module
+    folded = len(source.modules) if source.fold else 0
+    return Plan(model, section, made, wanted, lora, folded, dict(ignored))
+
+
+def check_named(kind: str, faults: Mapping[str, Sequence[str]]) -> None:
+    """Raises a `UserError` that names what is wrong, if anything is."""
+    told = [
+        f"{len(names)} {what}: {', '.join(names[:MAX_NAMED])}"
         + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
-        for what, names in (
-            (f"{len(missing)} arrays are missing", missing),
-            (f"{len(left_over)} are left over", left_over),
-            (f"{len(lost)} low-rank updates have no matrix", sorted(lost)),
-        )
+        for what, names in faults.items()
         if names
     ]
-    if faults:
-        raise UserError(f"the checkpoint does not fit a model of SVD's kind: {'; '.join(faults)}")
+    if told:
+        raise UserError(f"the checkpoint does not fit {kind}: {'; '.join(told)}")
+
+
+def check_shapes(
+    made: Mapping[str, Leaf],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises a `UserError` for an array (`shapes`) that does not become what `wanted` says."""
     for path, leaf in made.items():
         zeros = {n: np.broadcast_to(np.int8(0), shapes[n]) for n in leaf.theirs}
         try:
@@ -209,14 +234,6 @@ def make_plan(
                 f"{leaf.theirs[0]} is {shape} in our layout, but {path} of a model with the sizes "
                 f"that other arrays tell is {wanted[path]}"
             )
-    lora = {}
-    if not source.fold:
-        for path, leaf in made.items():
-            module = leaf.theirs[0].removesuffix(".weight")
-            if module in source.modules and path.endswith("/kernel"):
-                lora[path.removesuffix("/kernel")] = module
-    folded = len(source.modules) if source.fold else 0
-    return Plan(model, section, made, wanted, lora, folded, dict(ignored))
 
 
 def open_released(path: str | Path) -> tuple[TensorSource, Family, dict[str, int]]:
@@ -238,7 +255,7 @@ def open_released(path: str | Path) -> tuple[TensorSource, Family, dict[str, int
                 "of SVD or DragNUWA 1.5, or a diffusers folder"
             )
         return source, "sgm", {}
-    files = [(f"{part}/", _hf_source(path / part, stem)) for part, stem in HF_FILES.items()]
+    files = [(f"{part}/", open_part(path / part, stem)) for part, stem in HF_FILES.items()]
     return JoinedSource(files), "hf", _hf_hints(path)
 
 
@@ -359,7 +376,7 @@ def _replace_sections(model: ml_collections.ConfigDict, section: Mapping[str, An
             model[key] = value
 
 
-def _hf_source(folder: Path, stem: str) -> TensorSource:
+def open_part(folder: Path, stem: str) -> TensorSource:
     """A part of a diffusers folder: one file, in either precision, or several with an index."""
     for variant in ("", ".fp16"):
         if (folder / f"{stem}{variant}.safetensors").is_file():
@@ -372,8 +389,8 @@ def _hf_source(folder: Path, stem: str) -> TensorSource:
         name = f"{stem}.bin" if (folder / f"{stem}.bin").is_file() else "pytorch_model.bin"
         return open_tensors(folder / name)
     raise UserError(
-        f"{folder} holds no {stem}.safetensors: give a diffusers folder of SVD with unet, vae and "
-        "image_encoder"
+        f"{folder} holds no {stem}.safetensors: give a folder as diffusers and transformers write "
+        "it; of SVD, one with unet, vae and image_encoder"
     )
 
 

@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
 from nuwa_jax.data.pipeline import DataConfig, make_batches, to_device
+from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
@@ -125,6 +126,7 @@ class _Run:
         self.sample_fn, self.initial = sample_fn, initial
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
+        tokenizer_of(config)  # or captions would be read as another encoder's tokens
         self.plain = plain_config(config)
         self.main = jax.process_index() == 0
 
