@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from nuwa_jax.models.attention import dot_product_attention
 from nuwa_jax.models.layers import (
     ZERO_INIT,
     AlphaBlender,
@@ -16,7 +17,6 @@ from nuwa_jax.models.layers import (
     TemporalConv,
     conv2d,
     depth_to_space,
-    dot_product_attention,
     group_norm,
     middle_tap_identity,
     space_to_depth,

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from nuwa_jax.models.attention import dot_product_attention
 from nuwa_jax.models.layers import (
     ZERO_INIT,
     Dense,
     Mlp,
-    dot_product_attention,
     fourier_features,
     layer_norm,
 )

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from nuwa_jax.models.attention import dot_product_attention
 from nuwa_jax.models.layers import (
     ZERO_INIT,
     Dense,
     TemporalConv,
     conv2d,
-    dot_product_attention,
     group_norm,
     space_to_depth,
 )

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from nuwa_jax.models.attention import dot_product_attention
+
 ZERO_INIT = nn.initializers.zeros_init()
 LECUN = nn.initializers.lecun_normal()
 
@@ -151,18 +153,6 @@ def fourier_features(
     angles = coordinates[..., None] * frequencies
     features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return rearrange(features, "... p f -> ... (p f)")
-
-
-def dot_product_attention(
-    query: Float[Array, "b lq heads d"],
-    key: Float[Array, "b lk heads d"],
-    value: Float[Array, "b lk heads d"],
-    *,
-    bias: Float[Array, "b heads lq lk"] | None = None,
-    mask: Bool[Array, "b heads lq lk"] | None = None,
-) -> Float[Array, "b lq heads d"]:
-    """Softmax attention scaled by 1/sqrt(d); the one place where attention is computed."""
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,190 @@
+"""Attention, the one place where it is computed; many scores are never held all at once.
+
+Large attention is computed for a chunk of queries at a time, and its backward pass makes the scores
+of a chunk anew instead of keeping them, as FlashAttention does (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+# Up to this many scores per head, all are held at once.
+DIRECT_SCORES = 2**18
+# Else at most this many of one sample: 8 MB, which stay in a CPU's cache.
+CHUNK_SCORES = 2**21
+
+
+def dot_product_attention(
+    query: Float[Array, "b lq heads d"],
+    key: Float[Array, "b lk heads d"],
+    value: Float[Array, "b lk heads d"],
+    *,
+    bias: Float[Array, "#b #heads #lq #lk"] | None = None,
+    mask: Bool[Array, "#b #heads #lq #lk"] | None = None,
+) -> Float[Array, "b lq heads d"]:
+    """Softmax attention scaled by 1/sqrt(d), with the softmax in float32.
+
+    `bias` is added to the scaled scores; where `mask` is False a key is not attended to. A query
+    that may attend to no key attends to all alike.
+    """
+    if query.shape[1] * key.shape[1] <= DIRECT_SCORES:
+        return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
+    bias, mask = (
+        None if x is None else jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (bias, mask)
+    )
+    return _chunked(query, key, value, bias, mask)
+
+
+@jax.custom_vjp
+def _chunked(
+    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
+) -> Array:
+    return _each_sample(_forward, query, key, value, bias, mask)[0]
+
+
+def _chunked_forward(*inputs: Array | None) -> tuple[Array, tuple]:
+    out, statistics = _each_sample(_forward, *inputs)
+    return out, (inputs, out, statistics)
+
+
+def _chunked_backward(saved: tuple, gradient: Array) -> tuple[Array | None, ...]:
+    inputs, out, statistics = saved
+    return *_each_sample(_backward, *inputs, out, statistics, gradient), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _each_sample(function: Callable, *args: Array | tuple | None) -> tuple:
+    """`function` of every sample: one by one on a CPU, where its scores stay in the cache.
+
+    Elsewhere of all together, as they may lie on different devices.
+    """
+
+    def one_by_one(*args: Array | tuple | None) -> tuple:
+        return jax.lax.map(lambda sample: function(*sample), args)
+
+    return jax.lax.platform_dependent(*args, cpu=one_by_one, default=jax.vmap(function))
+
+
+# Below is one sample: q is [lq n d] for n heads, k and v are [lk n d]. Scores are laid out [n k q]:
+# then no product reads a transposed left side, and the softmax reduces over rows, which XLA on CPU
+# does better than along them. Bias and mask come in chunks of this layout, too.
+
+
+def _forward(
+    q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
+) -> tuple[Array, tuple]:
+    """The output, and for the backward pass every query's highest score and sum of weights."""
+
+    def one_chunk(xs: tuple) -> tuple[Array, tuple]:
+        scores = _scores(k, *xs)
+        highest = scores.max(1)
+        weights = jnp.exp(scores - highest[:, None])
+        total = weights.sum(1)
+        out = _product("knd,nkq->ndq", v, weights.astype(v.dtype)) / total[:, None]
+        return rearrange(out, "n d q -> q n d").astype(q.dtype), (highest, total)
+
+    chunk = _chunk_size(q, k)
+    chunks = _split(q, chunk), *(_split_pairs(x, len(q), chunk) for x in (bias, mask))
+    out, statistics = jax.lax.map(one_chunk, chunks)
+    return rearrange(out, "m q n d -> (m q) n d")[: len(q)], statistics
+
+
+def _backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    mask: Array | None,
+    out: Array,
+    statistics: tuple,
+    gradient: Array,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients to q, k, v and bias."""
+    scale = q.shape[-1] ** -0.5
+    # What the softmax takes from the gradient to every weight of a query: they sum to one.
+    common = jnp.einsum("qnd,qnd->nq", out, gradient, preferred_element_type=_wide(q))
+
+    def one_chunk(sums: tuple, xs: tuple) -> tuple[tuple, tuple]:
+        q, gradient, common, (highest, total), bias, mask = xs
+        # Divided by their total is the gradient, which is smaller, and not the weights.
+        weights = jnp.exp(_scores(k, q, bias, mask) - highest[:, None])
+        gradient = (gradient / rearrange(total, "n q -> q n 1")).astype(v.dtype)
+        common = (common / total)[:, None]
+        to_v = _product("nkq,qnd->knd", weights.astype(v.dtype), gradient)
+        to_scores = weights * (_product("knd,qnd->nkq", v, gradient) - common)
+        if mask is not None:
+            to_scores = jnp.where(mask, to_scores, 0)
+        to_bias = None
+        if bias is not None:
+            shared = [axis for axis in range(3) if bias.shape[axis] == 1]
+            to_bias = to_scores.sum(shared, keepdims=True)
+        to_scores = to_scores.astype(q.dtype)
+        to_k = _product("nkq,qnd->knd", to_scores, q)
+        to_q = rearrange(_product("knd,nkq->ndq", k, to_scores), "n d q -> q n d") * scale
+        return (sums[0] + to_k, sums[1] + to_v), (to_q.astype(q.dtype), to_bias)
+
+    chunk = _chunk_size(q, k)
+    chunks = (
+        _split(q, chunk),
+        _split(gradient, chunk),
+        rearrange(_split(common.T, chunk), "m q n -> m n q"),
+        statistics,
+        *(_split_pairs(x, len(q), chunk) for x in (bias, mask)),
+    )
+    zeros = jnp.zeros(k.shape, _wide(k))
+    (to_k, to_v), (to_q, to_bias) = jax.lax.scan(one_chunk, (zeros, zeros), chunks)
+    to_q = rearrange(to_q, "m q n d -> (m q) n d")[: len(q)]
+    if bias is not None:
+        to_bias = to_bias.sum(0, keepdims=True) if bias.shape[1] == 1 else to_bias
+        to_bias = rearrange(to_bias, "m n k q -> n (m q) k")[:, : len(q)].astype(bias.dtype)
+    return to_q, (to_k * scale).astype(k.dtype), to_v.astype(v.dtype), to_bias
+
+
+def _scores(k: Array, q: Array, bias: Array | None, mask: Array | None) -> Array:
+    """What the softmax is taken of, `[n k q]`."""
+    scores = _product("knd,qnd->nkq", k, q) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        # Finite, as in jax.nn: a query without any key has equal weights, not NaN.
+        scores = jnp.where(mask, scores, -0.7 * jnp.finfo(jnp.float32).max)
+    return scores
+
+
+def _product(pattern: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(pattern, a, b, preferred_element_type=_wide(a))
+
+
+def _wide(x: Array) -> jnp.dtype:
+    """float32, or float64 where `x` is."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _chunk_size(q: Array, k: Array) -> int:
+    """Queries per chunk; as many in the last one as in the others, or a few less."""
+    chunks = -(-q.shape[0] * q.shape[1] * k.shape[0] // CHUNK_SCORES)
+    return -(-len(q) // chunks)
+
+
+def _split(x: Array, chunk: int) -> Array:
+    """`[lq ...]` to `[m chunk ...]`, with zeros at the end of the last."""
+    missing = -len(x) % chunk
+    x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _split_pairs(x: Array | None, lq: int, chunk: int) -> Array | None:
+    """`[n lq lk]`, where each axis may be 1, to `[m n lk chunk]`, where those still are."""
+    if x is None:
+        return None
+    if x.shape[1] == 1:
+        x = jnp.swapaxes(x, 1, 2)[None]
+        return jnp.broadcast_to(x, (-(-lq // chunk), *x.shape[1:]))
+    return rearrange(_split(jnp.swapaxes(x, 0, 1), chunk), "m q n k -> m n k q")
