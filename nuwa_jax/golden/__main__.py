@@ -9,6 +9,7 @@ within its bound and nothing is missing, 1 if not, 2 if DIR is no such folder.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -29,18 +30,26 @@ def main(argv: Sequence[str]) -> None:
     """Prints the report and exits with its code."""
     if len(argv) != 2:
         raise UserError("give one folder of goldens: python -m nuwa_jax.golden DIR")
-    start = time.monotonic()
-    items = []
-    for item in run_checks(Golden(argv[1]), ONLY.value):
+    sys.exit(report(argv[1], ONLY.value, JSON.value))
+
+
+def report(folder: str | Path, only: Sequence[str] = (), out: str | Path | None = None) -> int:
+    """Prints every item and the summary, writes them to `out`; returns the exit code."""
+    start, items = time.monotonic(), []
+    for item in run_checks(Golden(folder), only):
         items.append(item)
         print(line(item), flush=True)
-    summary = summarize(items) | {"seconds": round(time.monotonic() - start, 1)}
-    summary = {"folder": argv[1]} | summary
-    if JSON.value:
-        full = summary | {"items": [item._asdict() for item in items]}
-        Path(JSON.value).write_text(json.dumps(full, indent=1) + "\n", encoding="utf-8")
+    summary = {"folder": str(folder)} | summarize(items)
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    if out:
+        entries = [item._asdict() | {"error": _jsonable(item.error)} for item in items]
+        text = json.dumps(summary | {"items": entries}, indent=1, allow_nan=False)
+        try:
+            Path(out).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{out}: cannot write the report: {error.strerror}") from error
     print(json.dumps(summary))
-    sys.exit(0 if summary["ok"] else 1)
+    return 0 if summary["ok"] else 1
 
 
 def line(item: Item) -> str:
@@ -55,6 +64,8 @@ def line(item: Item) -> str:
 def summarize(items: Sequence[Item]) -> dict[str, object]:
     """Counts, and the names of all that is not as it should be."""
     compared = [item for item in items if item.error is not None]
+    shares = {item.name: item.error / item.bound for item in compared if item.bound}
+    nearest = max(shares, key=shares.get, default=None)
     return {
         "ok": bool(compared) and not any(item.failed for item in items),
         "compared": len(compared),
@@ -62,12 +73,13 @@ def summarize(items: Sequence[Item]) -> dict[str, object]:
         "failed": [item.name for item in items if item.failed and item.kind != MISSING],
         "missing": [item.name for item in items if item.kind == MISSING],
         "skipped": [item.name for item in items if item.kind == SKIPPED],
-        "nearest_to_bound": max(
-            (item for item in compared if item.bound), key=lambda item: item.error / item.bound
-        ).name
-        if any(item.bound for item in compared)
-        else None,
+        "nearest_to_bound": nearest,
+        "its_share_of_bound": _jsonable(shares.get(nearest)),
     }
+
+
+def _jsonable(error: float | None) -> float | str | None:
+    return error if error is None or math.isfinite(error) else str(error)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,8 +61,10 @@ def check_resblock(golden: Golden) -> Iterator[Item]:
     places = arrays.places()
     if places and all("flow" in arrays.at(place) for place in places):
         yield from arrays.require(["plain|module"])
+    told = (arrays[f"{place}|ioi"].shape[1] for place in places if f"{place}|ioi" in arrays)
+    frames = next(told, golden.frames)
     for place in places:
-        checks = check_res_block(arrays.at(place), golden.state, golden.frames)
+        checks = check_res_block(arrays.at(place), golden.state, frames)
         yield from guarded(arrays.name(place), checks)
 
 
@@ -190,12 +193,12 @@ def check_flow_encoder(golden: Golden) -> Iterator[Item]:
     arrays = golden.arrays("flow_encoder")
     levels = len(golden.setting("flow_encoder_alone.channel_mult"))
     yield from arrays.require([f"f{level}_scale1" for level in range(levels)])
-    yield from arrays.require_some(
-        {
-            f"f{levels - 1}_video0_scale{scale}": rf"f\d+_video\d+_scale{re}"
-            for scale, re in (("0.0", r"0(?:\.0)?"), ("S", r"[\d.]*[1-9][\d.]*"))
-        }
-    )
+    # The config states what each scale changed; without that, one there must be.
+    scales = golden.setting("flow_encoder_alone.rel_change_when_flow_scaled", {"S": None})
+    for scale in scales:
+        pattern = r"[\d.]+" if scale == "S" else re.escape(scale)
+        name = f"f{levels - 1}_video0_scale{scale}"
+        yield from arrays.require_some({name: rf"f\d+_video\d+_scale{pattern}"})
     flow = flow_last(arrays["flow"])
     # (name, level, videos, scale); videos do not mix, so one call does for all.
     wanted = []

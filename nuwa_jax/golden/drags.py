@@ -54,7 +54,16 @@ def demo_flow(
 def check_drag(golden: Golden) -> Iterator[Item]:
     """Examples at each size of the config (`drag_full`: `full0`, ...), PCHIP alone, the kernel."""
     arrays = golden.arrays("drag")
-    yield from arrays.require_some({"pchip0|points": r"pchip\d+\|points"})
+    kernel = r"kernel_\d+_[\d.]+_"
+    yield from arrays.require_some(
+        {
+            "pchip0|points": r"pchip\d+\|points",
+            "SIZE_hwT_kernel_sigma": r".+_hwT_kernel_sigma",
+            "kernel_K_S_sum": f"{kernel}sum",
+            "kernel_K_S_centre_row": f"{kernel}centre_row",
+            "kernel_K_S_centre_edge_corner": f"{kernel}centre_edge_corner",
+        }
+    )
     sizes = [
         key.removeprefix("drag_")
         for key, value in golden.config.items()

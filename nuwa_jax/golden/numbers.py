@@ -16,6 +16,7 @@ from nuwa_jax.golden.compare import Item, absolute, elementwise, exact, guarded,
 from nuwa_jax.golden.folder import Arrays
 from nuwa_jax.golden.model import Golden
 from nuwa_jax.models.layers import sinusoids
+from nuwa_jax.models.lora import merge_lora
 
 SIGMAS = 5e-6  # the reference takes the seventh power in float32
 SCALINGS = 2e-6  # the reference's float32 1/(s² + 1) at s = 700 is itself rounded
@@ -27,6 +28,7 @@ def check_scalars(golden: Golden) -> Iterator[Item]:
     """Noise levels, preconditioning, guidance scales, sinusoids."""
     arrays = golden.arrays("scalars")
     yield from arrays.require([f"sigmas_{golden.setting('sampler_config.num_steps')}"])
+    yield from arrays.require_some({"sigmas_N_sigma_max_S_default": r"sigmas_\d+_sigma_max_.+"})
     low, high, rho = golden.sigma_range
     for key, match in arrays.matching(r"sigmas_(\d+)(?:_sigma_max_([\d.]+)\w*)?").items():
         top = float(match[2]) if match[2] else high
@@ -74,7 +76,7 @@ def _check_linear(golden: Golden, arrays: Arrays) -> Iterator[Item]:
     if has_bias or "b" in arrays:
         stored[f"{linear}.bias"] = arrays["b"]
     for key, value in stored.items():
-        yield exact(f"{arrays.name('key')} {key}", golden.weights[key].astype(np.float32), value)
+        yield exact(golden.weights.name(key), golden.weights[key].astype(np.float32), value)
     yield exact(arrays.name("scale"), scale, float(golden.setting("lora_scale")))
 
     folded = fold_lora(stored, scale)
@@ -91,6 +93,14 @@ def _check_linear(golden: Golden, arrays: Arrays) -> Iterator[Item]:
         arrays["W_folded"],
         BLOCK,
     )
+    kept_apart = merge_lora(
+        {
+            "unet": {"layer": {"kernel": jnp.asarray(weight.T)}},
+            "lora": {"unet": {"layer": {"down": arrays["down"].T, "up": scale * arrays["up"].T}}},
+        }
+    )["unet"]["layer"]["kernel"]
+    name = f"{arrays.name('W_folded')} kept apart"
+    yield relative(name, kept_apart.T, arrays["W_folded"], BLOCK)
     for key in ("out_unfolded", "out_folded"):
         yield relative(arrays.name(key), linear_layer(ours), arrays[key], BLOCK)
     yield relative(

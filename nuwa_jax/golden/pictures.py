@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 
@@ -89,19 +90,20 @@ def _check_encoders(golden: Golden, arrays: Arrays) -> Iterator[Item]:
 
 
 def _check_decoder(golden: Golden, arrays: Arrays) -> Iterator[Item]:
-    z = channels_last(arrays["z"])
+    z = channels_last(arrays["z"])[None]  # as frames of one video
     params, model = golden.params("autoencoder"), golden.model
+    unscaled = params | {"latents": {"mean": np.float32(0), "scale": np.float32(1)}}
     note = golden.floor("vae_decoder")
-    decode = compiled(model.decode_raw)
     for key, match in arrays.matching(r"dec_(?:timesteps|chunks_of_)(\d+)").items():
-        ours = decode(params, rearrange(z, "(b t) h w c -> b t h w c", t=int(match[1])))
-        ours = rearrange(ours, "b t h w c -> (b t) h w c")
+        decode = functools.partial(model.decode, frames_per_call=int(match[1]))
+        ours = compiled(decode)(unscaled, z)[0]
         yield relative(arrays.name(key), ours, channels_last(arrays[key]), AUTOENCODER, note)
     key = "decode_first_stage_net(z)"
     if key in arrays:
         # The demo's own call: latents in the diffusion model's scale, one frame per call.
         theirs = channels_last(arrays[key])
-        ours = compiled(model.decode)(params, z[: len(theirs), None])[:, 0]
+        decode = functools.partial(model.decode, frames_per_call=1)
+        ours = compiled(decode)(params, z[:, : len(theirs)])[0]
         yield relative(arrays.name(key), ours, theirs, AUTOENCODER, note)
 
 

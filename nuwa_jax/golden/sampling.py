@@ -189,8 +189,8 @@ def check_e2e(golden: Golden) -> Iterator[Item]:
 
     noise = channels_last(arrays["init_noise"])[None]
     latents = sampler_of(golden).run(params, conditions, noise)
-    # The demo decodes one frame per call: frames are samples of the batch here.
-    video = np.asarray(compiled(golden.model.decode)(params, latents[0][:, None]))[:, 0]
+    decode = functools.partial(golden.model.decode, frames_per_call=1)  # as the demo
+    video = np.asarray(compiled(decode)(params, latents))[0]
     for key, match in arrays.matching(FRAMES_PART).items():
         row, column, stride = map(int, match.groups())
         theirs = np.moveaxis(arrays[key], 2, -1)

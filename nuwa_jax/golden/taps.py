@@ -44,7 +44,8 @@ def check_unet_taps(golden: Golden) -> Iterator[Item]:
     cases = run_cases(arrays, output, golden.frames)[:1]
     wanted = frozenset(paths[module] for module in taps.places() if module in paths)
     _, seen = run_unet(golden, cases, wanted)
-    note = f"{golden.floor('unet_b1_sigma1')} at the end"
+    floor = golden.floor("unet_b1_sigma1")
+    note = f"at the U-Net's end: {floor}" if floor else ""
     for module in taps.places():
         name = taps.name(module)
         if module not in paths:
