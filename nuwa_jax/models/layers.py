@@ -156,7 +156,10 @@ def fourier_features(
 
 
 class Attention(nn.Module):
-    """Multi-head attention; q, k, v without bias, output with bias (SVD `CrossAttention`)."""
+    """Multi-head attention; q, k, v without bias, output with bias (SVD `CrossAttention`).
+
+    Every n / b neighbouring samples share a context: their queries are those of one attention.
+    """
 
     heads: int
     zero: bool = False
@@ -165,26 +168,31 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b lq c"],
+        x: Float[Array, "n lq c"],
         context: Float[Array, "b lk c2"] | None = None,
         mask: Bool[Array, "b lk"] | None = None,
-    ) -> Float[Array, "b lq c"]:
+    ) -> Float[Array, "n lq c"]:
         channels = x.shape[-1]
         context = x if context is None else context
 
         def project(inputs: Array, name: str) -> Array:
             out = Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
-            return rearrange(out, "b l (n d) -> b l n d", n=self.heads)
+            return rearrange(out, "n l (e d) -> n l e d", e=self.heads)
 
-        out = dot_product_attention(
-            project(x, "to_q"),
-            project(context, "to_k"),
-            project(context, "to_v"),
-            mask=None if mask is None else mask[:, None, None, :],
-        )
-        out = rearrange(out, "b l n d -> b l (n d)")
+        b = len(context)
+        q, k, v = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
+        if context.shape[1] == 1:
+            # The softmax of one score is 1: q and k have no effect, and compiled do not exist.
+            out = v
+        else:
+            q = rearrange(q, "(b r) l e d -> b (r l) e d", b=b)
+            if mask is not None:
+                mask = jnp.repeat(mask, b // len(mask), axis=0)[:, None, None, :]
+            out = dot_product_attention(q, k, v, mask=mask)
+        out = rearrange(out, "b l e d -> b l (e d)")
         init = ZERO_INIT if self.zero else LECUN
-        return Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
+        out = Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
+        return jnp.broadcast_to(out, (b, x.size // (b * channels), channels)).reshape(x.shape)
 
 
 class FeedForward(nn.Module):

@@ -155,8 +155,8 @@ class SpatialBlock(nn.Module):
     def __call__(
         self,
         u: Float[Array, "n l c"],
-        context: Float[Array, "n lc cc"] | None,
-        mask: Bool[Array, "n lc"] | None,
+        context: Float[Array, "b lc cc"] | None,
+        mask: Bool[Array, "b lc"] | None,
     ) -> Float[Array, "n l c"]:
         dtype = self.dtype
         y = layer_norm("norm1", dtype)(u)
@@ -180,8 +180,8 @@ class TemporalBlock(nn.Module):
     def __call__(
         self,
         v: Float[Array, "n t c"],
-        context: Float[Array, "n lc cc"] | None,
-        mask: Bool[Array, "n lc"] | None,
+        context: Float[Array, "b lc cc"] | None,
+        mask: Bool[Array, "b lc"] | None,
     ) -> Float[Array, "n t c"]:
         dtype = self.dtype
         y = layer_norm("norm_in", dtype)(v)
@@ -206,11 +206,10 @@ class VideoTransformer(nn.Module):
         u = rearrange(u, "n h w c -> n (h w) c")
         u = Dense(c, dtype=dtype, name="proj_in")(u)
 
+        # Frames of one video are neighbours here, and in `v` its pixels: they share its context.
         context, mask = stream.context, stream.context_mask
-        per_frame = None if context is None else jnp.repeat(context, t, axis=0)
-        frame_mask = None if mask is None else jnp.repeat(mask, t, axis=0)
         u = SpatialBlock(self.heads, self.ff_multiplier, dtype, name="spatial_block")(
-            u, per_frame, frame_mask
+            u, context, mask
         )
 
         frame_emb = Mlp(4 * c, c, dtype=dtype, name="frame_embed")(sinusoids(jnp.arange(t), c))
@@ -219,11 +218,8 @@ class VideoTransformer(nn.Module):
         v = rearrange(v, "b t l c -> (b l) t c")
         if not self.temporal_context:
             context = mask = None
-        # Pixels of one video are neighbours here: the context must be repeated in that order.
-        per_pixel = None if context is None else jnp.repeat(context, h * w, axis=0)
-        pixel_mask = None if mask is None else jnp.repeat(mask, h * w, axis=0)
         v = TemporalBlock(self.heads, self.ff_multiplier, dtype, name="temporal_block")(
-            v, per_pixel, pixel_mask
+            v, context, mask
         )
         v = rearrange(v, "(b l) t c -> b t l c", b=b)
         u = AlphaBlender(name="time_mixer")(u, v, stream.image_only)
