@@ -6,13 +6,17 @@ import jax
 import numpy as np
 import pytest
 from einops import rearrange
-from golden_checks import check, check_res_block, check_transformer, compiled, flow_features, load
+from golden_checks import check, check_items, compiled
 
 from nuwa_jax.convert.rules import decoder_res_rows, fold_lora
+from nuwa_jax.golden.blocks import check_res_block, check_video_transformer, flow_features, load
+from nuwa_jax.golden.folder import Arrays
 from nuwa_jax.models.autoencoder import VideoResBlock
 from nuwa_jax.models.clip import resize_matrix
+from nuwa_jax.models.flow_encoder import FlowEncoderConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dragnuwa_blocks.npz"
+FRAMES = 5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,32 +28,29 @@ def highest_precision():
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN) as file:
-        return dict(file)
+        return Arrays(GOLDEN.stem, dict(file))
 
 
 @pytest.fixture(scope="module")
 def state(golden):
-    return fold_lora(part(golden, "weights"))
-
-
-def part(golden, name):
-    found = golden.items()
-    return {key.removeprefix(f"{name}|"): a for key, a in found if key.startswith(f"{name}|")}
+    return fold_lora(golden.at("weights"))
 
 
 def test_res_block_with_flow(golden, state):
-    check_res_block(part(golden, "res"), state)
+    check_items(check_res_block(golden.at("res"), state, FRAMES))
 
 
 def test_transformer(golden, state):
-    check_transformer(part(golden, "transformer"), state, tokens=3, head_channels=16)
+    kinds = ["3tok"]
+    arrays = golden.at("transformer")
+    check_items(check_video_transformer(arrays, state, FRAMES, head_channels=16, kinds=kinds))
 
 
 def test_flow_encoder(golden, state):
     """Every so many of the features, as sampled in a run of the whole U-Net."""
-    golden = part(golden, "flow")
+    golden = golden.at("flow")
     flow = rearrange(golden["flow"].astype(np.float32), "t c h w -> 1 t h w c")
-    features = flow_features(state, flow, 32, (1, 1, 2, 2))
+    features = flow_features(state, flow, 32, (1, 1, 2, 2), 8, FlowEncoderConfig())
     for level, ours in enumerate(features):
         ours = np.asarray(rearrange(ours, "1 t h w c -> t c h w"))
         assert ours.shape == tuple(golden[f"f{level}_shape"])
