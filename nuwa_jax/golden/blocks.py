@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -147,7 +148,6 @@ def check_video_transformer(
     module = f"{UNET}.{arrays['module']}"
     x = channels_last(arrays["x"], frames)
     transformer = VideoTransformer(max(1, x.shape[-1] // head_channels), 4)
-    emb = np.zeros((*x.shape[:2], 1), np.float32)  # a transformer reads none
     params = None
     for kind in kinds:
         yield from arrays.require([f"context_{kind}", f"out_{kind}"])
@@ -156,36 +156,46 @@ def check_video_transformer(
         context = rearrange(arrays[f"context_{kind}"], "(b t) l c -> b t l c", t=frames)
         context = np.asarray(context, np.float32)
         if params is None:
-            stream = Stream(emb, context[:, 0], None, None, None)
+            stream = Stream(np.zeros((*x.shape[:2], 1)), context[:, 0], None, None, None)
             params = load(transformer, state, transformer_rows("", module), x, stream)
 
-        @compiled
-        def apply(params: Any, x: Array, emb: Array, context: Array) -> Array:
-            stream = Stream(emb, context[:, 0], None, None, None)
-            with contexts_per_frame(context):
-                return transformer.apply({"params": params}, x, stream)
-
-        ours = apply(params, x, emb, context)
+        ours = compiled(transformer_call(transformer, differ_by_frame(context)))(params, x, context)
         theirs = channels_last(arrays[f"out_{kind}"], frames)
         yield relative(arrays.name(f"out_{kind}"), ours, theirs, BLOCK, note)
 
 
-def contexts_per_frame(context: Float[Array, "b t l c"]) -> Any:
-    """Within it, each frame's attention over space has its own context.
+def transformer_call(module: VideoTransformer, per_frame: bool) -> Callable[..., Array]:
+    """(params, x [b t h w c], context [b t l c]) to the transformer's output."""
 
-    Our networks take one context per video; the reference's take one per frame, of which attention
-    over time sees that of the first.
+    def call(params: Any, x: Array, context: Array) -> Array:
+        emb = jnp.zeros((*x.shape[:2], 1))  # a transformer reads none
+        stream = Stream(emb, context[:, 0], None, None, None)
+        with one_context_per_frame(context) if per_frame else contextlib.nullcontext():
+            return module.apply({"params": params}, x, stream)
+
+    return call
+
+
+@contextlib.contextmanager
+def one_context_per_frame(context: Float[Array, "b t l c"]) -> Iterator[None]:
+    """Within it, the attention of our transformers over space reads `context`, frame by frame.
+
+    Our networks take one context per video, all the reference ever samples with. What it would do
+    with one per frame is in its arrays: attention over time reads that of the first frame.
     """
 
-    def interceptor(
-        call: Any, args: tuple, kwargs: dict, where: nn.module.InterceptorContext
-    ) -> Any:
+    def interceptor(call: Any, args: tuple, kwargs: dict, where: Any) -> Any:
         if where.method_name == "__call__" and where.module.name == "spatial_block":
-            u, _, mask = args
-            args = (u, rearrange(context, "b t l c -> (b t) l c"), mask)
+            args = (args[0], rearrange(context, "b t l c -> (b t) l c"), None)
         return call(*args, **kwargs)
 
-    return nn.intercept_methods(interceptor)
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def differ_by_frame(context: Float[np.ndarray, "b t l c"]) -> bool:
+    """Whether `one_context_per_frame` is needed."""
+    return bool((context != context[:, :1]).any())
 
 
 def check_flow_encoder(golden: Golden) -> Iterator[Item]:

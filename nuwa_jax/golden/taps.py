@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -13,13 +12,14 @@ from nuwa_jax.convert.rules import UNET, block_places, flow_rows, unet_rows
 from nuwa_jax.golden.compare import (
     SKIPPED,
     Item,
+    Missing,
     compiled,
     guarded,
     relative,
 )
 from nuwa_jax.golden.folder import Arrays
 from nuwa_jax.golden.model import Golden
-from nuwa_jax.golden.unet import NETWORK, OUTPUT, run_cases, run_unet
+from nuwa_jax.golden.unet import NETWORK, OUTPUT, Case, run_cases, run_unet
 from nuwa_jax.models.layers import Mlp, sinusoids
 
 PARTS = ("shape", "stride", "sample", "mean_std_absmax")
@@ -39,11 +39,9 @@ def check_unet_taps(golden: Golden) -> Iterator[Item]:
     for module in dict.fromkeys([*known, *taps.places()]):
         yield from taps.at(module).require(PARTS)
 
-    arrays = golden.arrays("unet")
-    output = _tapped_run(golden, arrays, taps)
-    cases = run_cases(arrays, output, golden.frames)[:1]
+    case = _tapped_case(golden, golden.arrays("unet"), taps)
     wanted = frozenset(paths[module] for module in taps.places() if module in paths)
-    _, seen = run_unet(golden, cases, wanted)
+    _, seen = run_unet(golden, [case], wanted)
     floor = golden.floor("unet_b1_sigma1")
     note = f"at the U-Net's end: {floor}" if floor else ""
     for module in taps.places():
@@ -74,27 +72,24 @@ def counterparts(golden: Golden) -> dict[str, str]:
     return paths
 
 
-def _tapped_run(golden: Golden, arrays: Arrays, taps: Arrays) -> re.Match[str]:
-    """The run of unet.npz that was tapped.
+def _tapped_case(golden: Golden, arrays: Arrays, taps: Arrays) -> Case:
+    """The run of unet.npz that was tapped: its first video at one of its noise levels, or at 1.
 
-    The file does not say at which noise level, so it is the one with the nearest time embedding.
+    The file does not say which level, so it is the one with the nearest time embedding.
     """
-    runs = [match for match in arrays.matching(OUTPUT).values() if match[4] and not match[2]]
+    runs = [m for m in arrays.matching(OUTPUT).values() if m[4] and not m[2] and not m[3]]
     if not runs:
-        raise ValueError("unet.npz holds no run of one noise level whose modules these could be")
-    if "sample" not in taps.at("time_embed"):
-        return runs[0]
-    model, part = golden.model.unet, golden.params("unet")["unet"]["time_embed"]
-    levels = jnp.array([np.log(float(match[4])) / 4 for match in runs], jnp.float32)
+        raise Missing(arrays.name("b1_out_sigma_S"))
+    case = run_cases(arrays, runs[0], golden.frames)[0]
+    levels = np.log(sorted({float(match[4]) for match in runs} | {1.0})) / 4
+    model, params = golden.model.unet, golden.params("unet")["unet"]["time_embed"]
     channels = 4 * model.model_channels
     embed = compiled(Mlp(channels, channels).apply)
-    embeddings = np.asarray(embed({"params": part}, sinusoids(levels, model.model_channels)))
+    embeddings = embed({"params": params}, sinusoids(levels, model.model_channels))
     theirs = taps.at("time_embed")
-    errors = []
-    for embedding in embeddings:
-        sample = _sample(np.tile(embedding, (golden.frames, 1)), theirs)
-        errors.append(np.linalg.norm(sample - theirs["sample"]))
-    return runs[int(np.argmin(errors))]
+    samples = [_sample(np.tile(e, (golden.frames, 1)), theirs) for e in np.asarray(embeddings)]
+    errors = [np.linalg.norm(sample - theirs["sample"]) for sample in samples]
+    return case._replace(c_noise=np.float32(levels[int(np.argmin(errors))]))
 
 
 def _compare(

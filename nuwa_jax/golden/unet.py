@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.diffusion import edm
-from nuwa_jax.golden.blocks import contexts_per_frame
+from nuwa_jax.golden.blocks import differ_by_frame, one_context_per_frame
 from nuwa_jax.golden.compare import (
     FAULTS,
     Item,
@@ -69,12 +70,17 @@ def check_unet(golden: Golden) -> Iterator[Item]:
             continue
         spans[key] = slice(len(cases), len(cases) + len(made))
         cases += made
-    if not cases:
-        return
-    ours, _ = run_unet(golden, cases)  # all videos of all runs in one call
+    ours: list[Array | None] = [None] * len(cases)
+    for tokens in {case.context.shape[1] for case in cases}:  # the videos of many runs in one call
+        chosen = [i for i, case in enumerate(cases) if case.context.shape[1] == tokens]
+        made, _ = run_unet(golden, [cases[i] for i in chosen])
+        for i, video in zip(chosen, made, strict=True):
+            ours[i] = video
     for key, span in spans.items():
         floor = golden.floor("unet_b1_sigma1" if "sigma" in key else "unet_b2")
-        yield from guarded(arrays.name(key), _compare(arrays, key, ours[span], frames, floor))
+        yield from guarded(
+            arrays.name(key), _compare(arrays, key, np.stack(ours[span]), frames, floor)
+        )
 
 
 def run_cases(arrays: Arrays, output: re.Match[str], frames: int) -> list[Case]:
@@ -105,18 +111,13 @@ def run_cases(arrays: Arrays, output: re.Match[str], frames: int) -> list[Case]:
 def run_unet(
     golden: Golden, cases: Sequence[Case], taps: frozenset[str] = frozenset()
 ) -> tuple[Float[np.ndarray, "b t h w c"], dict[str, np.ndarray]]:
-    """What our U-Net makes of the cases.
+    """What our U-Net makes of cases with equally many tokens of context.
 
     Also what our modules give on the way, by their paths: `unet/...`, `encoder/...` (of the flow),
     `heads/...`; those in `taps`.
     """
-    tokens = np.array([case.context.shape[1] for case in cases])
-    mask = np.arange(tokens.max()) < tokens[:, None]
-    padded = [
-        case._replace(context=np.pad(case.context, ((0, 0), (0, tokens.max() - n), (0, 0))))
-        for case, n in zip(cases, tokens, strict=True)
-    ]
-    batch = Case(*(np.stack(part) for part in zip(*padded, strict=True)))
+    batch = Case(*(np.stack(part) for part in zip(*cases, strict=True)))
+    per_frame = differ_by_frame(batch.context)
     model = golden.model
     sizes = (model.unet.model_channels, model.unet.channel_mult)
     modules = {
@@ -126,7 +127,7 @@ def run_unet(
     }
 
     @compiled
-    def run(params: Any, batch: Case, mask: Array) -> tuple[Array, dict[str, Array]]:
+    def run(params: Any, batch: Case) -> tuple[Array, dict[str, Array]]:
         seen = {}
 
         def apply(name: str, *args: Any) -> Any:
@@ -144,12 +145,12 @@ def run_unet(
             return out
 
         sites = apply("heads", apply("encoder", batch.flow), jnp.ones((len(batch.flow),)))
-        inputs = (batch.x, batch.c_noise, batch.context[:, 0], batch.vector, sites, None, mask)
-        with contexts_per_frame(batch.context):
+        inputs = (batch.x, batch.c_noise, batch.context[:, 0], batch.vector, sites, None, None)
+        with one_context_per_frame(batch.context) if per_frame else contextlib.nullcontext():
             return apply("unet", *inputs, batch.image_only), seen
 
     params = golden.params("unet", "flow_encoder")
-    return run({"unet": params["unet"]} | params["flow_encoder"], batch, mask)
+    return run({"unet": params["unet"]} | params["flow_encoder"], batch)
 
 
 def _absent(arrays: Arrays, outputs: list[re.Match[str]]) -> Iterator[Item]:

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange, repeat
 
 from nuwa_jax.convert.rules import encoder_rows, flow_rows, to_params, to_state
-from nuwa_jax.golden.blocks import contexts_per_frame
+from nuwa_jax.golden.blocks import transformer_call
 from nuwa_jax.golden.compare import compiled
 from nuwa_jax.golden.drags import demo_flow, demo_tracks
 from nuwa_jax.golden.model import flow_encoder_config
@@ -141,11 +141,9 @@ def _transformer(golden, rng):
         for kind, (tokens, per_frame) in kinds.items():
             context = rng.normal(size=(2, t if per_frame else 1, tokens, 20)).astype(np.float32)
             context = np.broadcast_to(context, (2, t, tokens, 20))
-            stream = Stream(np.zeros((2, t, 1)), context[:, 0], None, None, None)
-            with contexts_per_frame(context):
-                ours_out = compiled(block.apply)({"params": unet[ours]}, x, stream)
+            made = compiled(transformer_call(block, per_frame))(unet[ours], x, context)
             out[f"{place}|context_{kind}"] = rearrange(context, "b t l c -> (b t) l c")
-            out[f"{place}|out_{kind}"] = channels_first(ours_out)
+            out[f"{place}|out_{kind}"] = channels_first(made)
     return out
 
 
@@ -243,11 +241,7 @@ def _unet(golden, rng):
     t = golden.frames
     x, one, two, vector, flow = _unet_inputs(golden, np.random.default_rng(5))
     cases = _unet_cases(golden, np.random.default_rng(5))
-    made, _ = run_unet(golden, [case for run in cases.values() for case in run])
-    out, start = {}, 0
-    for name, run in cases.items():
-        out[name] = channels_first(made[start : start + len(run)])
-        start += len(run)
+    out = {name: channels_first(run_unet(golden, run)[0]) for name, run in cases.items()}
     sigma = np.repeat(np.array([0.6, 12.0], np.float32), t)
     return out | {
         "x": channels_first(x),
