@@ -18,6 +18,7 @@ from nuwa_jax.diffusion import edm
 from nuwa_jax.diffusion.guidance import GuidanceScales, guided_denoiser
 from nuwa_jax.diffusion.samplers import sample
 from nuwa_jax.generation.weights import Model, load_model
+from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float, to_uint8
 from nuwa_jax.motion.raster import rasterize
 
@@ -156,7 +157,7 @@ class Generator:
             video: UInt8[Array, "b t h w 3"] | None,
         ) -> UInt8[Array, "b t h w 3"]:
             b = image.shape[0]
-            params = model.merge(params)
+            params = merge_lora(params)
             flow = None
             if with_drags:
                 flow = rasterize(points, state, *size, **raster)

@@ -17,7 +17,7 @@ from nuwa_jax.models.clip_text import ClipText, ClipTextConfig
 from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, DragEmbedding
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowFeature, FlowHeads
 from nuwa_jax.models.layers import sinusoids
-from nuwa_jax.models.lora import init_lora, merge_lora
+from nuwa_jax.models.lora import init_lora
 from nuwa_jax.models.text import TextEncoder, TextEncoderConfig
 from nuwa_jax.models.unet import UNet, UNetConfig
 
@@ -59,7 +59,8 @@ class VideoLDM:
     `augmentation` is the deviation of the noise added to the picture whose latents are concatenated
     (SVD: 0.02). `vector` names the numbers whose sinusoids are added to the time embedding: any of
     "fps", "motion_bucket", "augmentation". With `lora_rank`, `lora` holds a low-rank
-    update of every linear layer of the base U-Net.
+    update of every linear layer of the base U-Net, which `nuwa_jax.models.lora.merge_lora` adds in
+    before any method here takes the parameters.
     """
 
     autoencoder: AutoencoderConfig
@@ -190,10 +191,6 @@ class VideoLDM:
             key = jax.random.fold_in(keys["unet"], 1)
             params["lora"] = init_lora(key, {"unet": params["unet"]}, self.lora_rank)
         return params
-
-    def merge(self, params: Params) -> Params:
-        """The parameters with low-rank updates added in, as every other method takes them."""
-        return merge_lora(params)
 
     def posterior(
         self, params: Params, video: Float[Array, "b t H W 3"]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.diffusion import edm
+from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
 from nuwa_jax.training.curriculum import Params, Stage, merge
@@ -134,7 +135,7 @@ def make_loss(model: VideoLDM, config: Any, stage: Stage) -> Callable[..., Any]:
     def denoise(
         params: Params, batch: Batch, draws: Draws, progress: Array
     ) -> tuple[Array, Metrics]:
-        params = model.merge(params)
+        params = merge_lora(params)
         video = to_float(batch.video)
         clean = jax.lax.stop_gradient(model.encode(params, video))
         x = clean + draws.sigma[:, None, None, None, None] * draws.noise
