@@ -53,7 +53,7 @@ class FakeModel:
         latents = params["latents"]
         return (self.posterior(params, video)[0] - latents["mean"]) * latents["scale"]
 
-    def decode(self, params, latents):
+    def decode(self, params, latents, frames_per_call=0):
         return self.decode_raw(
             params, latents / params["latents"]["scale"] + params["latents"]["mean"]
         )
