@@ -1,0 +1,279 @@
+"""Times our U-Net against diffusers' at the same size, weights, inputs and threads, on this CPU.
+
+    python -m benchmarks.unet [--threads=2] [--repeats=5]
+
+Forward, and forward + backward to every parameter, of the SVD layout (heads of 64 channels, one
+context token) in float32. The two run in turns in one process and each turn gives one ratio of
+ours to theirs, so that what else the machine does weighs on both; peak memory is that of a process
+of its own each. Their GroupNorms get the eps of the released network first, and both outputs must
+agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from einops import rearrange
+
+from nuwa_jax.convert.rules import to_state, unet_rows
+from nuwa_jax.errors import UserError, run_main
+from nuwa_jax.models.layers import sinusoids
+from nuwa_jax.models.unet import RES_EPS, UNet, UNetConfig
+
+CONTEXT, VECTOR = 1024, 256  # channels of the context, of the embedding of one number
+
+_THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of either side.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs of timed runs.", lower_bound=1)
+_CHANNELS = flags.DEFINE_integer("channels", 128, "Channels of the first level (SVD: 320).")
+_FRAMES = flags.DEFINE_integer("frames", 8, "Frames.")
+_HEIGHT = flags.DEFINE_integer("height", 24, "Rows of the latents; divisible by 8.")
+_WIDTH = flags.DEFINE_integer("width", 40, "Columns of the latents; divisible by 8.")
+_CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; by default a new one.")
+_PEAK = flags.DEFINE_enum(
+    "peak", None, ["ours", "theirs"], "Run only one side, once, and print its peak memory as JSON."
+)
+_BACKWARD = flags.DEFINE_bool("backward", False, "With --peak: forward and backward.")
+
+Run = Callable[[], Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    if _CHANNELS.value % 64 or _HEIGHT.value % 8 or _WIDTH.value % 8:
+        raise UserError(
+            f"--channels must be divisible by 64, --height and --width by 8, got "
+            f"{_CHANNELS.value}, {_HEIGHT.value} and {_WIDTH.value}: change them"
+        )
+    _limit_threads(_THREADS.value)
+    if _PEAK.value:
+        return _print_peak(_PEAK.value, backward=_BACKWARD.value)
+    with tempfile.TemporaryDirectory() as cache:
+        _use_cache(_CACHE.value or cache)
+        _compare()
+        _compare_peaks(_CACHE.value or cache)
+
+
+def _compare() -> None:
+    params = _random_params()
+    theirs, modules = _theirs(params)
+    ours = _ours(params)
+    print(
+        f"{_CHANNELS.value} channels, {_FRAMES.value} frames of {_HEIGHT.value} x {_WIDTH.value}, "
+        f"{sum(p.size for p in jax.tree.leaves(params)) / 1e6:.0f} M parameters, float32, "
+        f"threads: {_THREADS.value}"
+    )
+    difference = _relative_l2(ours["forward"](), theirs["forward"]())
+    _check("outputs", difference, 1e-5)
+    gradients = to_state(ours["forward+backward"](), unet_rows(_config()), "hf")
+    theirs["forward+backward"]()
+    differences = [
+        _relative_l2(gradients[name], p.grad.numpy()) for name, p in modules.named_parameters()
+    ]
+    _check("gradients (median of all arrays)", statistics.median(differences), 1e-4)
+    del gradients
+    for name in ours:
+        times = [(_time(ours[name]), _time(theirs[name])) for _ in range(_REPEATS.value)]
+        for clock, label in enumerate(("wall", "CPU")):
+            a, b = ([pair[side][clock] for pair in times] for side in range(2))
+            ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+            print(
+                f"{name:17s} {label:4s}  ours {statistics.median(a):7.2f} s  "
+                f"theirs {statistics.median(b):7.2f} s  "
+                f"ours/theirs {statistics.median(ratios):5.2f} "
+                f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], {len(ratios)} pairs",
+                flush=True,
+            )
+
+
+def _compare_peaks(cache: str) -> None:
+    """One process for each side and pass: what a process took at most is never given back."""
+    given = [f"--{flag.name}={flag.value}" for flag in (_THREADS, _CHANNELS, _FRAMES)]
+    given += [f"--{flag.name}={flag.value}" for flag in (_HEIGHT, _WIDTH)]
+    for backward in (False, True):
+        peaks = {}
+        for side in ("ours", "theirs"):
+            command = [sys.executable, "-m", "benchmarks.unet", *given, f"--cache={cache}"]
+            command += [f"--peak={side}", f"--backward={backward}"]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            peaks[side] = json.loads(out.splitlines()[-1])
+        name = "forward+backward" if backward else "forward"
+        for key, label in (("peak", "peak memory"), ("above", "of it above idle")):
+            a, b = (peaks[side][key] for side in ("ours", "theirs"))
+            print(f"{name:17s} {label:16s} ours {a:6.0f} MB  theirs {b:6.0f} MB  {a / b:5.2f}")
+        print(f"{name:17s} temporaries that XLA plans {peaks['ours']['planned']:6.0f} MB")
+
+
+def _print_peak(side: str, *, backward: bool) -> None:
+    """Peak resident memory, and how much of it was not there before the run; in MB, as JSON."""
+    _use_cache(_CACHE.value)
+    name = "forward+backward" if backward else "forward"
+    params = _random_params()
+    runs = _ours(params, only=name) if side == "ours" else _theirs(params)[0]
+    del params
+    idle = _resident()
+    runs[name]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    planned = runs.get("planned", lambda: 0)()
+    print(json.dumps({"peak": peak, "above": peak - idle, "planned": planned}))
+
+
+def _ours(params: dict, only: str | None = None) -> dict[str, Run]:
+    unet = UNet(_config())
+    arrays = jax.tree.map(jnp.asarray, (params, _inputs()))
+
+    def forward(params: dict, inputs: dict) -> jax.Array:
+        vector = rearrange(sinusoids(inputs["ids"], VECTOR), "b n c -> b (n c)")
+        return unet.apply(
+            {"params": params}, inputs["x"], inputs["c_noise"], inputs["context"], vector
+        )
+
+    def loss(params: dict, inputs: dict) -> jax.Array:
+        return jnp.mean(jnp.square(forward(params, inputs)))
+
+    functions = {"forward": forward, "forward+backward": jax.grad(loss)}
+    runs = {}
+    for name, function in functions.items():
+        if only in (None, name):
+            compiled = jax.jit(function).lower(*arrays).compile()
+            runs[name] = lambda c=compiled: jax.block_until_ready(c(*arrays))
+            planned = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    if only:
+        runs["planned"] = lambda: planned
+    return runs
+
+
+def _theirs(params: dict) -> tuple[dict[str, Run], Any]:
+    try:
+        import torch
+        from diffusers import UNetSpatioTemporalConditionModel
+        from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed, and this benchmark compares with it: "
+            "pip install -e '.[bench]'"
+        ) from error
+    torch.set_num_threads(_THREADS.value)
+    config = _config()
+    widths = tuple(config.channels(level) for level in range(len(config.channel_mult)))
+    model = UNetSpatioTemporalConditionModel(
+        block_out_channels=widths,
+        num_attention_heads=tuple(width // config.head_channels for width in widths),
+        cross_attention_dim=CONTEXT,
+        addition_time_embed_dim=VECTOR,
+        projection_class_embeddings_input_dim=3 * VECTOR,
+        num_frames=_FRAMES.value,
+    ).eval()
+    for module in model.modules():
+        # 1e-6 in their blocks with attention: not what the weights were trained with.
+        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
+            module.norm1.eps = module.norm2.eps = RES_EPS
+    state = to_state(params, unet_rows(config), "hf")
+    model.load_state_dict(
+        {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in state.items()}, assign=True
+    )
+    del state
+    inputs = _inputs()
+    arguments = [
+        torch.from_numpy(np.ascontiguousarray(a))
+        for a in (
+            rearrange(inputs["x"], "b t h w c -> b t c h w"),
+            inputs["c_noise"],
+            inputs["context"],
+            inputs["ids"],
+        )
+    ]
+
+    def forward() -> np.ndarray:
+        with torch.no_grad():
+            out = model(*arguments).sample
+        return rearrange(out.numpy(), "b t c h w -> b t h w c")
+
+    def backward() -> None:
+        model.zero_grad(set_to_none=True)
+        model(*arguments).sample.square().mean().backward()
+
+    return {"forward": forward, "forward+backward": backward}, model
+
+
+def _config() -> UNetConfig:
+    return UNetConfig(model_channels=_CHANNELS.value)
+
+
+def _inputs() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1, _FRAMES.value, _HEIGHT.value, _WIDTH.value, 8))
+    context = rng.normal(size=(1, 1, CONTEXT))
+    inputs = {"x": x, "c_noise": [0.3], "context": context, "ids": [[6.0, 127.0, 0.02]]}
+    return {name: np.asarray(value, np.float32) for name, value in inputs.items()}
+
+
+def _random_params() -> dict:
+    """Weights about as large as trained ones; with fresh ones most blocks would add nothing."""
+    inputs = _inputs()
+    vector = np.zeros((1, 3 * VECTOR), np.float32)
+    arguments = (inputs["x"], inputs["c_noise"], inputs["context"], vector)
+    shapes = jax.eval_shape(UNet(_config()).init, jax.random.key(0), *arguments)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
+        value = rng.standard_normal(leaf.shape, np.float32) / np.float32(fan_in**0.5)
+        return value if len(leaf.shape) > 1 else np.float32(1) + np.float32(0.1) * value
+
+    return jax.tree.map(draw, shapes)
+
+
+def _time(run: Run) -> tuple[float, float]:
+    """Seconds by the clock and of CPU time."""
+    start = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def _relative_l2(ours: Any, theirs: Any) -> float:
+    ours, theirs = (np.asarray(a, np.float64) for a in (ours, theirs))
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def _check(what: str, difference: float, bound: float) -> None:
+    print(f"{what}: relative L2 difference {difference:.1e}, at most {bound:.0e}", flush=True)
+    if not difference <= bound:
+        raise UserError(f"the two networks' {what} differ: what was timed is not the same network")
+
+
+def _limit_threads(threads: int) -> None:
+    """XLA makes as many threads as the process may use cores when its backend starts."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("threads are limited through the CPU affinity: this benchmark needs Linux")
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise UserError(f"--threads={threads}, but there are {len(cores)} cores: give fewer")
+    os.sched_setaffinity(0, cores[:threads])
+
+
+def _use_cache(folder: str | None) -> None:
+    """Compiled programs are kept: the processes that measure memory need not compile again."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+if __name__ == "__main__":
+    run_main(main)
