@@ -124,7 +124,7 @@ def _print_peak(side: str, *, backward: bool) -> None:
     params = _random_params()
     runs = _ours(params, only=name) if side == "ours" else _theirs(params)[0]
     del params
-    # Whether compiling took more is not asked here.
+    # The peak is counted from here: compiling may have taken more.
     Path("/proc/self/clear_refs").write_text("5")
     idle = _status("VmRSS")
     runs[name]()
@@ -166,7 +166,7 @@ def _theirs(params: dict) -> tuple[dict[str, Run], Any]:
     except ImportError as error:
         raise UserError(
             f"{error.name} is not installed, and this benchmark compares with it: "
-            "pip install -e '.[bench]'"
+            "pip install -e '.[torch]'"
         ) from error
     torch.set_num_threads(_THREADS.value)
     config = _config()
