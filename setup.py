@@ -34,8 +34,7 @@ REQUIREMENTS = [
     "absl-py>=2.5,<3",  # flags and logging of the command-line programs
     "ml-collections>=1.1,<2",  # configs/*.py and their --config overrides
     "tensorboard>=2.21,<3",  # writes scalars and sample videos; no TensorFlow
-    "safetensors>=0.8,<0.9",  # the shipped model's weights
-    "ml-dtypes>=0.6,<0.7",  # bfloat16 arrays of released weights; what jax itself uses
+    "ml-dtypes>=0.6,<0.7",  # bfloat16 arrays in files of weights; what jax itself uses
 ]
 
 EXTRAS = {
@@ -62,6 +61,7 @@ EXTRAS = {
     "test": [
         "pytest>=9.2,<10",
         "pytest-xdist>=3.8,<4",  # one process per core
+        "safetensors>=0.8,<0.9",  # the format's own library, to compare our files with
         "ruff>=0.17.6,<0.18",  # its formatting may change with every minor release
     ],
 }

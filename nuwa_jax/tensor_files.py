@@ -104,6 +104,18 @@ class SafetensorsFile:
         return UserError(f"{self.path} is no whole .safetensors file: {what}; copy it again")
 
 
+class MemorySource:
+    """Arrays that are in memory already."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+        self.specs = {name: Spec(array.shape, array.dtype) for name, array in arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One array."""
+        return self._arrays[name]
+
+
 class JoinedSource:
     """Several sources as one; each name is preceded by its source's prefix."""
 

@@ -19,7 +19,13 @@ from nuwa_jax.convert.rules import Family, Leaf, write_leaf
 from nuwa_jax.errors import UserError
 from nuwa_jax.generation.weights import CONFIG, WEIGHTS, load_model
 from nuwa_jax.models.video_ldm import VideoLDM
-from nuwa_jax.tensor_files import SafetensorsFile, Spec, TensorSource, write_safetensors
+from nuwa_jax.tensor_files import (
+    MemorySource,
+    SafetensorsFile,
+    Spec,
+    TensorSource,
+    write_safetensors,
+)
 
 SGM_FILE = "model.safetensors"
 
@@ -160,24 +166,14 @@ class _Writer:
         return self.dtype or stored.dtype
 
 
-class _InMemory:
-    """Parameters of a training run as a source."""
-
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self._flat = {k: np.asarray(v) for k, v in flatten_dict(params, sep="/").items()}
-        self.specs = {name: Spec(v.shape, v.dtype) for name, v in self._flat.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._flat[name]
-
-
 def _open(checkpoint: str | Path) -> tuple[TensorSource, ml_collections.ConfigDict]:
     folder = Path(checkpoint)
     if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
         config = ml_collections.ConfigDict(json.loads((folder / CONFIG).read_text()))
         return SafetensorsFile(folder / WEIGHTS), config
     loaded = load_model(folder)
-    return _InMemory(loaded.params), loaded.config
+    arrays = {k: np.asarray(v) for k, v in flatten_dict(loaded.params, sep="/").items()}
+    return MemorySource(arrays), loaded.config
 
 
 def _why_left_out(path: str) -> str:

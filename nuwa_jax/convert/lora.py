@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nuwa_jax.tensor_files import Spec, TensorSource
+from nuwa_jax.tensor_files import MemorySource, Spec, TensorSource
 
 LINEAR, DOWN, UP = ".linear.", ".lora_down.weight", ".lora_up.weight"
 
@@ -24,9 +24,13 @@ class FoldedSource:
 
     def __init__(self, source: TensorSource, *, scale: float = 1.0, fold: bool = True) -> None:
         self.source, self.scale, self.fold = source, scale, fold
+        # Modules with an update, or with a half of one.
         self.modules = {
-            name.removesuffix(DOWN) for name in source.specs if name.endswith(DOWN)
-        }  # modules with an update
+            name.removesuffix(half)
+            for name in source.specs
+            for half in (DOWN, UP)
+            if name.endswith(half)
+        }
         self._stored: dict[str, str] = {}
         for name in source.specs:
             if not name.endswith((DOWN, UP)):
@@ -52,6 +56,25 @@ class FoldedSource:
         up, down = self.up(module), self.down(module)
         return value.astype(np.float32) + up @ down
 
+    def faults(self) -> dict[str, list[str]]:
+        """What is wrong with updates -> the modules of which it is true."""
+        plain, stored = self.specs, self.source.specs
+        found: dict[str, list[str]] = {
+            "have no matrix": [],
+            "lack a half": [],
+            "are of another size": [],
+        }
+        for module in sorted(self.modules):
+            matrix = plain.get(f"{module}.weight")
+            down, up = (stored.get(module + half) for half in (DOWN, UP))
+            if matrix is None:
+                found["have no matrix"].append(module)
+            elif down is None or up is None:
+                found["lack a half"].append(module)
+            elif (up.shape[0], down.shape[1]) != matrix.shape or up.shape[1] != down.shape[0]:
+                found["are of another size"].append(module)
+        return {f"low-rank updates {what}": modules for what, modules in found.items()}
+
     def down(self, module: str) -> np.ndarray:
         """`[rank, in]` in float32."""
         return self.source.read(module + DOWN).astype(np.float32)
@@ -65,3 +88,9 @@ class FoldedSource:
         if module.endswith(".linear") and module.removesuffix(".linear") in self.modules:
             return module.removesuffix(".linear") + dot + leaf
         return name
+
+
+def fold_lora(state: Mapping[str, np.ndarray], scale: float = 1.0) -> dict[str, np.ndarray]:
+    """The arrays of a whole state dict in float32 and plain names, updates added in."""
+    source = FoldedSource(MemorySource(state), scale=scale)
+    return {name: source.read(name).astype(np.float32) for name in source.specs}

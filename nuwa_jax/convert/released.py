@@ -185,13 +185,12 @@ def make_plan(
             left_over.append(name)
         else:
             ignored[reason] += len(source.stored_names(name))
-    lost = [name for name in source.modules if f"{name}.weight" not in shapes]
     check_named(
         "a model of SVD's kind",
         {
             "arrays are missing": missing,
             "are left over": left_over,
-            "low-rank updates have no matrix": sorted(lost),
+            **source.faults(),
         },
     )
     check_shapes(made, shapes, wanted)

@@ -424,24 +424,6 @@ def to_state(
     return state
 
 
-def fold_lora(state: Mapping[str, np.ndarray], scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Float32 arrays with each `X.linear` and its low-rank update as one `X`: W + s · up @ down."""
-    folded = {}
-    for name, value in state.items():
-        if ".lora_" in name:
-            continue
-        value = np.asarray(value, np.float32)
-        module = name.removesuffix(".linear.weight")
-        if module != name:
-            up, down = (
-                np.asarray(state[f"{module}.lora_{part}.weight"], np.float32)
-                for part in ("up", "down")
-            )
-            value = value + scale * (up @ down)
-        folded[name.replace(".linear.", ".")] = value
-    return folded
-
-
 def _ends_and_middle(ours: str, sgm: str, hf: str) -> list[Row]:
     attention = f"{hf}.mid_block.attentions.0."
     return [

@@ -13,10 +13,9 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
-from safetensors.numpy import save_file
 
 from nuwa_jax.errors import UserError
-from nuwa_jax.tensor_files import SafetensorsFile
+from nuwa_jax.tensor_files import SafetensorsFile, Spec, write_safetensors
 
 Params = dict[str, Any]
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -77,7 +76,8 @@ def save_model(model: Model, folder: str | Path, dtype: DTypeLike = jnp.bfloat16
         name: np.asarray(leaf, np.float32 if name.startswith(FLOAT32_PARTS) else jnp.dtype(dtype))
         for name, leaf in flat.items()
     }
-    save_file(arrays, folder / WEIGHTS)
+    specs = {name: Spec(array.shape, array.dtype) for name, array in arrays.items()}
+    write_safetensors(folder / WEIGHTS, specs, arrays.items())
     (folder / CONFIG).write_text(model.config.to_json(indent=1) + "\n")
     return folder / WEIGHTS
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from nuwa_jax.convert.rules import fold_lora
+from nuwa_jax.convert.lora import fold_lora
 from nuwa_jax.errors import UserError
 from nuwa_jax.golden.compare import Item, Missing, Unusable
+from nuwa_jax.tensor_files import SafetensorsFile
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -169,9 +168,10 @@ class Folder:
 
     def _read_weights(self, name: str) -> Arrays:
         try:
-            return Arrays(name, load_file(self._existing(name)))
-        except (SafetensorError, OSError) as error:
+            file = SafetensorsFile(self._existing(name))
+        except UserError as error:
             raise Unusable(name, str(error)) from error
+        return Arrays(name, {key: file.read(key) for key in file.specs})
 
     def _read_arrays(self, name: str) -> Arrays:
         try:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from nuwa_jax.convert.rules import fold_lora
+from nuwa_jax.convert.lora import fold_lora
 from nuwa_jax.diffusion import edm
 from nuwa_jax.diffusion.guidance import GuidanceScales, guided_denoiser
 from nuwa_jax.golden.compare import Item, absolute, elementwise, exact, guarded, relative

@@ -8,7 +8,8 @@ import pytest
 from einops import rearrange
 from golden_checks import check, check_items, compiled
 
-from nuwa_jax.convert.rules import decoder_res_rows, fold_lora
+from nuwa_jax.convert.lora import fold_lora
+from nuwa_jax.convert.rules import decoder_res_rows
 from nuwa_jax.golden.blocks import check_res_block, check_video_transformer, flow_features, load
 from nuwa_jax.golden.folder import Arrays
 from nuwa_jax.models.autoencoder import VideoResBlock
