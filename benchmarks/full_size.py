@@ -23,12 +23,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from nuwa_jax.convert.released import parameter_shapes, table
+from nuwa_jax.convert.rules import write_leaf
 from nuwa_jax.errors import UserError, run_main
+from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.presets import load_preset
 from nuwa_jax.tensor_files import Spec, write_safetensors
 
 _DIR = flags.DEFINE_string("dir", None, "Folder for weights and results; files there are reused.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Sampling steps.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the weights.")
+_WRITE_ONLY = flags.DEFINE_bool("write_only", False, "Only write the random weights.")
 _RANK = 32
 
 
@@ -40,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("give --dir=FOLDER with room for 20 GB")
     folder = Path(_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
+    if _WRITE_ONLY.value:
+        return write_released(folder / "released.safetensors")
     released, model = folder / "released.safetensors", folder / f"model_{_DTYPE.value}"
     if not released.exists():
         _measured("random weights", ["-m", __spec__.name, f"--dir={folder}", "--write_only"])
@@ -67,16 +74,8 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-_WRITE_ONLY = flags.DEFINE_bool("write_only", False, "Only write the random weights.")
-
-
 def write_released(path: Path) -> None:
     """Random weights of DragNUWA 1.5: the names and shapes of its state dict, float16."""
-    from nuwa_jax.convert.released import parameter_shapes, table
-    from nuwa_jax.convert.rules import write_leaf
-    from nuwa_jax.models.video_ldm import VideoLDM
-    from nuwa_jax.presets import load_preset
-
     model = VideoLDM.from_config(load_preset("dragnuwa_svd").model)
     shapes, leaves = parameter_shapes(model), table(model, "sgm")
     specs: dict[str, Spec] = {}
@@ -132,12 +131,5 @@ def _measured(name: str, arguments: list[str]) -> None:
     )
 
 
-def _main(argv: Sequence[str]) -> None:
-    if _WRITE_ONLY.value:
-        write_released(Path(_DIR.value) / "released.safetensors")
-    else:
-        main(argv)
-
-
 if __name__ == "__main__":
-    run_main(_main)
+    run_main(main)

@@ -83,7 +83,16 @@ def _write(
     shapes = {name: spec.shape for name, spec in source.specs.items()}
     used = {name for leaf in made.values() for name in leaf.theirs}
     missing = [name for name in used if name not in shapes]
-    check_named(f"CLIP's {tower}", {"arrays are missing": sorted(missing)})
+    # The file may hold the other tower; nothing of this one may be left.
+    own = {name.partition(".")[0] for name in used}
+    left_over = [
+        name
+        for name in shapes
+        if name.partition(".")[0] in own and name not in used and not name.endswith("position_ids")
+    ]
+    check_named(
+        f"CLIP's {tower}", {"arrays are missing": sorted(missing), "are left over": left_over}
+    )
     check_shapes(made, shapes, wanted)
     target = np.dtype(jnp.dtype(dtype))
     specs = {f"{tower}/{name}": Spec(shape, target) for name, shape in wanted.items()}

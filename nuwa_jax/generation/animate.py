@@ -88,15 +88,16 @@ def animate(
         raise UserError(f"--strength is greater than 0 and at most 1, got {strength}")
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
-    drag_set = None if isinstance(drags, DragNuwaTracks) else _load_drags(drags, generator)
+    drawn = drags if isinstance(drags, DragNuwaTracks) else _load_drags(drags, generator)
     clip = None if video is None else _read_clip(video, generator)
     picture = clip[0] if image is None else read_image(image)
     fitted, transform = resize_video(picture[None], generator.height, generator.width)
-    if isinstance(drags, DragNuwaTracks):
-        tracks, remarks = _demo_tracks(drags, generator), ()
-    else:
-        fitted_drags = fit_drags(drag_set, picture.shape[:2], transform, generator)
+    remarks: tuple[str, ...] = ()
+    if isinstance(drawn, DragSet):
+        fitted_drags = fit_drags(drawn, picture.shape[:2], transform, generator)
         tracks, remarks = fitted_drags.to_tracks(generator.frames), tuple(fitted_drags.outside())
+    else:
+        tracks = _demo_tracks(drawn, generator)
     for remark in remarks:
         logging.warning("%s; what it drags leaves the picture there", remark)
     padded = _pad_to_bucket(tracks, generator.config.data.max_drags)
@@ -118,8 +119,8 @@ def animate(
     write_video(out, result, generator.fps)
     scale = max(1, round(OVERLAY_SIDE / min(generator.height, generator.width)))
     still = np.broadcast_to(fitted[0], result.shape)
-    drawn = [overlay_video(frames, tracks, scale=scale) for frames in (still, result)]
-    write_video(overlay, side_by_side(drawn), generator.fps)
+    overlays = [overlay_video(frames, tracks, scale=scale) for frames in (still, result)]
+    write_video(overlay, side_by_side(overlays), generator.fps)
     return Written(out, overlay, remarks)
 
 

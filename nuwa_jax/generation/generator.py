@@ -17,6 +17,7 @@ from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.diffusion import edm
 from nuwa_jax.diffusion.guidance import GuidanceScales, guided_denoiser
 from nuwa_jax.diffusion.samplers import sample
+from nuwa_jax.errors import UserError
 from nuwa_jax.generation.weights import Model, load_model
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float, to_uint8
@@ -27,6 +28,11 @@ class Generator:
     """A model that is ready to sample; `height`, `width` and `frames` are those of its videos."""
 
     def __init__(self, model: Model) -> None:
+        if "data" not in model.config:
+            raise UserError(
+                f"{model.source} holds {', '.join(model.params)} alone, for train.init_from: "
+                "give a whole model"
+            )
         self.config: ml_collections.ConfigDict = model.config
         self.params = model.params
         self.source = model.source

@@ -12,6 +12,7 @@ from nuwa_jax.convert.clip_text import clip_text_rows
 from nuwa_jax.convert.rules import clip_rows, to_state
 from nuwa_jax.convert.towers import convert_tower
 from nuwa_jax.errors import UserError
+from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import load_model
 from nuwa_jax.models.clip import ClipVision, ClipVisionConfig
 from nuwa_jax.models.clip_text import ClipText, ClipTextConfig
@@ -98,6 +99,20 @@ def test_transformers(towers, folders, tmp_path):
         report = convert_tower(folders / tower, tmp_path / "out", tower, **options)
         assert report.family == "hf"
         check(towers, tmp_path / "out", tower)
+
+
+def test_what_is_left_of_a_tower_is_named(towers, tmp_path):
+    state = to_state(towers["text"], clip_text_rows(TEXT))
+    state["transformer.resblocks.1.attn.extra"] = np.ones(3, np.float32)
+    file = write(tmp_path / "f.safetensors", state)
+    with pytest.raises(UserError, match="1 are left over: transformer.resblocks.1.attn.extra"):
+        convert_tower(file, tmp_path / "out", "text")
+
+
+def test_a_tower_alone_makes_no_video(openclip, tmp_path):
+    convert_tower(openclip, tmp_path / "t", "text")
+    with pytest.raises(UserError, match="holds text alone"):
+        Generator.load(tmp_path / "t")
 
 
 def test_a_tower_that_is_not_there(folders, tmp_path):

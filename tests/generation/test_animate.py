@@ -16,6 +16,7 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.generation.animate import DragNuwaTracks, animate
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import WEIGHTS, Model, load_model, save_model
+from nuwa_jax.models.lora import init_lora, merge_lora
 from nuwa_jax.models.video_ldm import VideoLDM
 
 FRAMES, HEIGHT, WIDTH = 3, 16, 24
@@ -185,6 +186,33 @@ def test_a_saved_model_samples_as_before(generator, tmp_path):
     image = np.full((1, HEIGHT, WIDTH, 3), 90, np.uint8)
     again = Generator.load(tmp_path / "m")
     assert np.array_equal(generator.generate(image), again.generate(image))
+
+
+def test_weights_are_held_in_the_type_asked_for(generator, tmp_path):
+    save_model(Model(generator.params, generator.config, ""), tmp_path / "m", dtype="float32")
+    loaded = Generator.load(tmp_path / "m", param_dtype="bfloat16", dtype="bfloat16")
+    types = {part: {leaf.dtype for leaf in jax.tree.leaves(p)} for part, p in loaded.params.items()}
+    assert types.pop("latents") == {np.dtype("float32")}
+    assert set().union(*types.values()) == {np.dtype("bfloat16")}
+    assert loaded.model.dtype == np.dtype("bfloat16")
+
+
+def test_the_sampler_adds_updates_in_and_decodes_as_configured(generator):
+    """Low-rank updates apart give the video of their sum; fewer frames per call another one."""
+    image = np.random.default_rng(5).integers(0, 255, (1, HEIGHT, WIDTH, 3), np.uint8)
+    updates = init_lora(jax.random.key(2), {"unet": generator.params["unet"]}, 2)
+    updates = jax.tree.map(lambda a: a + 0.1, updates)
+    apart = generator.params | {"lora": updates}
+
+    def video(params, **sampling):
+        config = generator.config.copy_and_resolve_references()
+        config.sampling.update(steps=1, **sampling)
+        return Generator(Model(params, config, "test")).generate(image).astype(int)
+
+    summed = video(merge_lora(apart))
+    assert np.abs(video(apart) - summed).max() <= 1  # rounded to grey levels
+    assert np.abs(video(generator.params) - summed).max() > 5
+    assert np.abs(video(merge_lora(apart), decode_frames=1) - summed).max() > 1
 
 
 def test_checkpoints_that_cannot_be_used_are_told(generator, tmp_path):

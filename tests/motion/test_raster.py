@@ -1,4 +1,3 @@
-import json
 import pathlib
 
 import jax
@@ -6,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nuwa_jax.motion.drags import Drag, DragSet
+from nuwa_jax.motion.dragnuwa import reference_tracks
 from nuwa_jax.motion.raster import gaussian_kernel_1d, rasterize
 from nuwa_jax.motion.tracks import TrackState
 
@@ -150,45 +149,66 @@ def test_shapes_that_disagree_are_refused():
         rasterize(np.zeros((2, 5, 2)), np.zeros((2, 4)), 21, 30)
 
 
-def dragnuwa_paths(tracks_json, height, width, frames):
-    """Control points as the DragNUWA 1.5 demo reads them, through PCHIP over the click index."""
-    drags = []
-    for i, points in enumerate(json.loads(tracks_json)):
-        points = [(int(x * width / 576), int(y * height / 320)) for x, y in points]
-        if len(points) == 1:  # its still point is not still
-            points.append((points[0][0] + 1, points[0][1] + 1))
-        drags.append(Drag(str(i), "drag", points))
-    tracks = DragSet(width, height, frames, 8, drags).to_tracks(frames, timing="index")
-    # Whole numbers must stay whole when DragNUWA cuts positions to pixels.
-    return np.round(tracks.points.astype(np.float64), 4), tracks.state
+def demo_flow(tracks_json, frames, height, width, **kernel):
+    """The demo's map without its zero frame: its tracks and its defects, drawn in float64."""
+    defects = dict(still_points_move=True, overwrite=True, wrap=True)
+    tracks = reference_tracks(tracks_json, frames, height, width, **defects)
+    with jax.enable_x64(True):
+        flow = rasterize(*tracks, height, width, snap=True, dtype="float64", **kernel)
+    assert not flow[0].any()
+    return np.asarray(flow[1:])
 
 
 @pytest.mark.parametrize("example", range(6))
 def test_map_equals_that_of_dragnuwa(example):
     golden = np.load(GOLDEN)
     height, width, frames, kernel_size, sigma = map(int, golden["small_hwT_kernel_sigma"])
-    points, state = dragnuwa_paths(str(golden[f"full{example}|tracks_json"]), height, width, frames)
-    options = {"sigma": float(sigma), "kernel_size": kernel_size, "snap": True}
-    flow = rasterize(points, state, height, width, **options)
-    assert not flow[0].any()
+    kernel = {"sigma": float(sigma), "kernel_size": kernel_size}
+    tracks = str(golden[f"full{example}|tracks_json"])
+    flow = demo_flow(tracks, frames, height, width, **kernel)
     expected = golden[f"small{example}|filtered_stride4"]
-    np.testing.assert_allclose(flow[1:, 1::4, 2::4], expected, atol=2e-4, rtol=2e-5)
+    np.testing.assert_allclose(flow[:, 1::4, 2::4], expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.skipif(not FULL_GOLDEN.exists(), reason="the full-size arrays are not at hand")
 @pytest.mark.parametrize("example", range(6))
 def test_map_equals_that_of_dragnuwa_at_full_size(example):
     golden = np.load(FULL_GOLDEN)
-    points, state = dragnuwa_paths(str(golden[f"full{example}|tracks_json"]), 320, 576, 14)
-    flow = np.asarray(rasterize(points, state, 320, 576, snap=True))[1:]
-    # Where two drags stand on one pixel, DragNUWA keeps the later and forgets the other; here they
-    # add up. Those frames are left out.
-    pixels = points[:, :-1].astype(int)
-    apart = np.array([len({*map(tuple, step)}) == len(step) for step in pixels.swapaxes(0, 1)])
-    assert apart.sum() >= 9
+    flow = demo_flow(str(golden[f"full{example}|tracks_json"]), 14, 320, 576)
     expected = golden[f"full{example}|filtered_off3_5_stride8"]
-    near = {"atol": 5e-4, "rtol": 2e-5}
-    np.testing.assert_allclose(flow[apart][:, 3::8, 5::8], expected[apart], **near)
-    if apart[6]:
-        expected = golden[f"full{example}|filtered_frame6_rows_stride16"]
-        np.testing.assert_allclose(flow[6, ::16], expected, **near)
+    np.testing.assert_allclose(flow[:, 3::8, 5::8], expected, atol=2e-5, rtol=0)
+    expected = golden[f"full{example}|filtered_frame6_rows_stride16"]
+    np.testing.assert_allclose(flow[6, ::16], expected, atol=2e-5, rtol=0)
+
+
+STILL, CROSSING, LEAVING = [[60, 40]], [[10, 40], [110, 40]], [[-30, 40], [60, 40]]
+
+
+def demo_tracks(*tracks, **defects):
+    """5 frames on a canvas of the picture's own size, 120x80."""
+    return reference_tracks(tracks, 5, 80, 120, canvas=(120, 80), **defects)
+
+
+def test_a_single_point_stays_unless_the_demos_defect_is_asked_for():
+    assert not np.ptp(demo_tracks(STILL).points, axis=1).any()
+    moved = demo_tracks(STILL, still_points_move=True).points[0]
+    np.testing.assert_allclose(moved[-1] - moved[0], [1, 1])
+
+
+def test_crossing_tracks_add_up_unless_the_later_one_overwrites():
+    def flow_there(**defects):
+        tracks = demo_tracks(CROSSING, STILL, **defects)  # both are at (60, 40) in frame 2
+        return rasterize(*tracks, 80, 120, sigma=1.0, kernel_size=5, snap=True)[3, 40, 60]
+
+    np.testing.assert_allclose(flow_there(), [25, 0], atol=1e-4)
+    np.testing.assert_allclose(flow_there(overwrite=True), [0, 0], atol=1e-4)
+
+
+def test_beyond_the_left_border_nothing_is_drawn_unless_it_wraps():
+    state = demo_tracks(LEAVING).state
+    np.testing.assert_array_equal(state == TrackState.VISIBLE, [[False, False, True, True, True]])
+    wrapped = demo_tracks(LEAVING, wrap=True)
+    assert wrapped.points[0, 0, 0] == 90
+    with pytest.raises(ValueError, match="beyond the border"):
+        demo_tracks(LEAVING, crash=True)
+    demo_tracks(LEAVING, wrap=True, crash=True)

@@ -104,6 +104,27 @@ def test_progress_lines_tell_stage_loss_speed_and_time_left(tmp_path, capsys):
         assert part in lines[4]
 
 
+def test_a_run_may_start_from_given_params(tmp_path):
+    """The first stage starts from them where they are given, from the seed's own elsewhere."""
+    config = short_config("flow")  # trains the flow encoder alone
+    config.stages.flow.steps = 1
+    given = {"text": {"table": np.full((257, 8), 0.25, np.float32)}}
+    train(config, tmp_path / "given", initial=lambda: given)
+    train(config, tmp_path / "random")
+    found, usual = (load_final(tmp_path / name).params for name in ("given", "random"))
+    np.testing.assert_array_equal(found["text"]["table"], given["text"]["table"])
+    np.testing.assert_array_equal(found["unet"]["in"], usual["unet"]["in"])
+    # What is there is gone on with: nothing is loaded again.
+    train(config, tmp_path / "given", initial=lambda: pytest.fail("loaded for a finished run"))
+
+
+def test_captions_without_the_vocabulary_they_need_are_refused(tmp_path):
+    config = short_config("flow")
+    config.data.tokenizer = "vocabulary"
+    with pytest.raises(UserError, match="the model does not read it"):
+        train(config, tmp_path)
+
+
 def test_frozen_parts_are_bit_identical_through_their_stage(finished):
     before, after = (load_final(finished, stage).params for stage in ("text_to_video", "flow"))
     for part in before:

@@ -9,6 +9,7 @@ from micro_config import get_config
 
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.errors import UserError
+from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.training.curriculum import DropRates, stages_from_config
 from nuwa_jax.training.optim import make_optimizer
 from nuwa_jax.training.state import init_state
@@ -18,6 +19,14 @@ MODEL = FakeModel()
 CONFIG = get_config()
 STAGES = {stage.name: stage for stage in stages_from_config(CONFIG)}
 PARAMS = MODEL.init(jax.random.key(0), height=16, width=24, frames=3)
+
+
+class KernelModel(FakeModel):
+    """With a linear layer where the real U-Net's have theirs."""
+
+    def denoise(self, params, x, sigma, condition):
+        unet = params["unet"] | {"out": params["unet"]["out"]["kernel"]}
+        return super().denoise(params | {"unet": unet}, x, sigma, condition)
 
 
 def make_batch(b=4, *, seed=0):
@@ -84,6 +93,39 @@ def test_accumulating_micro_batches_equals_the_large_batch(name):
     mu1, mu2 = leaves(whole.opt_state[0].mu), leaves(parts.opt_state[0].mu)
     for path in mu1:
         np.testing.assert_allclose(mu1[path], mu2[path], rtol=1e-4, atol=1e-7, err_msg=path)
+
+
+def test_low_rank_updates_count_in_the_loss_and_learn():
+    """Kept apart or added in: one loss; a stage may train them and leave their matrices."""
+    stage, batch = STAGES["text_to_video"], make_batch()
+    rng = np.random.default_rng(3)
+    inputs, outputs = PARAMS["unet"]["out"].shape
+    down, up = (0.3 * rng.normal(size=s).astype(np.float32) for s in ((inputs, 2), (2, outputs)))
+    apart = PARAMS | {"unet": {**PARAMS["unet"], "out": {"kernel": PARAMS["unet"]["out"]}}}
+    apart["lora"] = {"unet": {"out": {"down": down, "up": up}}}
+    model = KernelModel()
+    loss_fn = make_loss(model, CONFIG, stage)
+    draws = draw(stage_key(0, 1), model, stage, batch, CONFIG.diffusion)
+    losses = [loss_fn(params, batch, draws, 0.0)[0] for params in (apart, merge_lora(apart))]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    without = {k: v for k, v in apart.items() if k != "lora"}
+    assert abs(loss_fn(without, batch, draws, 0.0)[0] - losses[0]) > 1e-4
+    gradient = jax.grad(lambda lora: loss_fn(apart | {"lora": lora}, batch, draws, 0.0)[0])
+    for leaf in jax.tree.leaves(gradient(apart["lora"])):
+        assert np.abs(leaf).max() > 1e-6
+
+
+def test_drags_are_drawn_with_every_option_of_the_config(monkeypatch):
+    config, seen = get_config(), []
+    config.raster.snap = True
+    monkeypatch.setattr(
+        "nuwa_jax.training.step.rasterize",
+        lambda points, *args, **options: seen.append(options) or jnp.zeros((4, 3, 16, 24, 2)),
+    )
+    batch, stage = make_batch(), STAGES["drag"]
+    draws = draw(stage_key(0, 3), MODEL, stage, batch, config.diffusion)
+    make_loss(MODEL, config, stage)(PARAMS, batch, draws, 0.0)
+    assert seen == [config.raster.to_dict()] and seen[0]["snap"]
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
