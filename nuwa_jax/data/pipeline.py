@@ -27,16 +27,9 @@ from nuwa_jax.data.tokenizer import load_tokenizer
 from nuwa_jax.data.video import PointTransform, VideoError, read_video, resize_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.motion.estimators import DISFlow
-from nuwa_jax.motion.tracks import (
-    PerturbConfig,
-    SamplerConfig,
-    Tracks,
-    TrackState,
-    inside,
-    net_displacement,
-    perturb_tracks,
-    sample_trajectories,
-)
+from nuwa_jax.motion.perturbation import PerturbConfig, perturb_tracks
+from nuwa_jax.motion.tracks import Tracks, TrackState, inside, net_displacement
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig, sample_trajectories
 
 _Config = TypeVar("_Config")
 

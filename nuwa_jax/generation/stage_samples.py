@@ -12,7 +12,7 @@ from nuwa_jax.data.pipeline import DataConfig, held_out_scene
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import Model
 from nuwa_jax.models.video_ldm import VideoLDM, to_float, to_uint8
-from nuwa_jax.motion.tracks import sample_trajectories
+from nuwa_jax.motion.trajectory_samplers import sample_trajectories
 from nuwa_jax.training.curriculum import Params, Stage
 
 NUM_SAMPLES = 4

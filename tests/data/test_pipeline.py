@@ -22,7 +22,9 @@ from nuwa_jax.data.scenes import HELD_OUT_SEED, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import encode_text
 from nuwa_jax.data.video import encode_video
 from nuwa_jax.errors import UserError
-from nuwa_jax.motion.tracks import PerturbConfig, SamplerConfig, TrackState
+from nuwa_jax.motion.perturbation import PerturbConfig
+from nuwa_jax.motion.tracks import TrackState
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 EXACT = PerturbConfig(jitter=0.0, tail_dropout=0.0, subsample_probability=0.0)
 SMALL = DataConfig(
