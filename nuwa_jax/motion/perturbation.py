@@ -7,12 +7,17 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float
 
+from nuwa_jax.motion.schedules import Schedule, check_ends, schedules_of
 from nuwa_jax.motion.tracks import Tracks, TrackState, pchip
 
 
 @dataclasses.dataclass(frozen=True)
 class PerturbConfig:
     """How imprecise synthesised drags are. All zeros: the tracks themselves.
+
+    Any number may be a `Schedule`. No paper of the field perturbs keypoints; of tail dropout ATI
+    (arXiv 2505.22944), which has it at 0.2, reports that without it the end of a drag makes the
+    object vanish behind something.
 
     Attributes:
       jitter: standard deviation in pixels of the displacement of a drag's keypoints. It varies
@@ -24,13 +29,15 @@ class PerturbConfig:
       subsample_probability: chance of a drag to be thinned.
     """
 
-    jitter: float = 0.5
-    jitter_knots: int = 3
-    tail_dropout: float = 0.1
+    jitter: float | Schedule = 0.5
+    jitter_knots: int | Schedule = 3
+    tail_dropout: float | Schedule = 0.1
     subsample: tuple[int, ...] = (2, 3, 5)
-    subsample_probability: float = 0.25
+    subsample_probability: float | Schedule = 0.25
 
     def __post_init__(self) -> None:
+        if check_ends(self):
+            return
         if self.jitter < 0 or self.jitter_knots < 1:
             raise ValueError(
                 "jitter is at least 0 and jitter_knots at least 1, "
@@ -45,12 +52,25 @@ class PerturbConfig:
             raise ValueError("subsample_probability > 0 needs keyframe counts in subsample")
 
 
-def perturb_tracks(tracks: Tracks, rng: np.random.Generator, config: PerturbConfig) -> Tracks:
+def perturb_tracks(
+    tracks: Tracks, rng: np.random.Generator, config: PerturbConfig, height: int, width: int
+) -> Tracks:
     """Drags as a person might have drawn them, from tracks that are exact.
 
     Thins the keypoints in time, displaces them and cuts tails, in this order. States are kept,
-    except where a tail is cut: there they become unspecified.
+    except where a tail is cut: there they become unspecified. So that they stay true, no point
+    that is seen is displaced beyond the border of the picture.
+
+    Args:
+      tracks: in pixels of the clip.
+      rng: the one source of randomness.
+      config: without schedules (`nuwa_jax.motion.schedules.at_step`).
+      height: of the clip in pixels.
+      width: of the clip in pixels.
     """
+    if schedules_of(config):
+        raise ValueError("resolve the schedules of perturb first: at_step(config, step)")
+    border = np.array([width, height]) - 0.5
     points = tracks.points.astype(np.float64)
     state = tracks.state.copy()
     frames = tracks.num_frames
@@ -63,6 +83,9 @@ def perturb_tracks(tracks: Tracks, rng: np.random.Generator, config: PerturbConf
             points[k] = _thin(points[k], tracks.visible[k], count, rng)
         knots = 1 if still else config.jitter_knots
         points[k] += config.jitter * _smooth_noise(knots, frames, rng)
+        kept_in = (state[k] == TrackState.VISIBLE) | (state[k] == TrackState.OCCLUDED)
+        within = np.clip(points[k], -0.5, border)
+        points[k] = np.where((kept_in | still)[:, None], within, points[k])
         if rng.random() < config.tail_dropout:
             # At least one step of motion is left.
             state[k, int(rng.integers(2, frames + 1)) :] = TrackState.UNSPECIFIED
