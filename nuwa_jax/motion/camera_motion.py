@@ -293,7 +293,8 @@ def _deviation(
     """How far each point is from where the motion takes it from the first frame that tells."""
     known = np.isfinite(places) & np.isfinite(turn)
     first = known.argmax(axis=1)
-    origin = (places[np.arange(len(places)), first] - shift[first]) / turn[first]
+    with np.errstate(invalid="ignore"):  # of tracks that no frame tells anything of
+        origin = (places[np.arange(len(places)), first] - shift[first]) / turn[first]
     return np.where(known, places - (turn * origin[:, None] + shift), complex(np.nan, np.nan))
 
 

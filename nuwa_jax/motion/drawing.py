@@ -28,10 +28,17 @@ COLOURS = (
     (130, 200, 40),
     (150, 100, 70),
 )
+# What is known of a tracked point in a frame; unspecified ones are not drawn.
+STATE_COLOURS = {
+    TrackState.VISIBLE: (0, 230, 110),
+    TrackState.OCCLUDED: (255, 150, 0),
+    TrackState.OUTSIDE: (255, 40, 90),
+}
 STILL = 0.5  # pixels: a drag that never gets further than this from its handle is an anchor
 
 _SUPERSAMPLE = 2
 _PAPER = (255, 255, 255)
+_INK = (25, 25, 25)
 
 
 def enlarge(picture: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -83,6 +90,81 @@ def draw_drags(
                 pen.number(path[0], index + 1, COLOURS[index % len(COLOURS)])
     target = (width * scale, height * scale)
     return np.asarray(canvas.resize(target, Image.Resampling.BOX))
+
+
+def draw_tracks(
+    picture: UInt8[np.ndarray, "h w 3"],
+    tracks: Tracks,
+    frame: int,
+    *,
+    scale: int = 1,
+    tail: int = 5,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture, `scale` times larger, with tracked points as they are in a frame.
+
+    A dot in the colour of its state (`STATE_COLOURS`), on a line where the point was in the frames
+    before. Points beyond the border are drawn at the border, where they would be seen.
+
+    Args:
+      picture: frame `frame` of the clip.
+      tracks: in pixels of the picture.
+      frame: which frame the picture is.
+      scale: how many times larger the result is.
+      tail: how many frames back the line goes.
+    """
+    height, width = picture.shape[:2]
+    canvas = Image.fromarray(enlarge(picture, scale * _SUPERSAMPLE))
+    draw = ImageDraw.Draw(canvas)
+    size = (canvas.height, canvas.width)
+    radius = _SUPERSAMPLE * max(1.0, min(height, width) * scale / 130)
+    for points, state in zip(tracks.points, tracks.state, strict=True):
+        colour = STATE_COLOURS.get(int(state[frame]))
+        if colour is None:
+            continue
+        shown = np.arange(max(0, frame - tail), frame + 1)
+        path = resize_points(points[shown[state[shown] > 0]], (height, width), size)
+        path = np.clip(path, 0, [size[1] - 1, size[0] - 1])
+        if len(path) > 1:
+            draw.line([tuple(point) for point in path], fill=colour, width=_SUPERSAMPLE)
+        draw.ellipse([*(path[-1] - radius), *(path[-1] + radius)], fill=colour, outline=_INK)
+    target = (width * scale, height * scale)
+    return np.asarray(canvas.resize(target, Image.Resampling.BOX))
+
+
+def colour_flow(
+    flow: Float[np.ndarray, "h w 2"], largest: float | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Flow as colours: the hue is its direction, white is none.
+
+    To the right is red, down is yellow-green, to the left cyan, up violet, in even steps of hue.
+
+    Args:
+      flow: pixels per frame.
+      largest: length that has the full colour; by default the 99th percentile of what is there.
+        Longer ones are darker, the longer the darker.
+    """
+    flow = np.nan_to_num(np.asarray(flow, np.float64))
+    length = np.hypot(flow[..., 0], flow[..., 1])
+    if largest is None:
+        largest = float(np.percentile(length, 99)) if length.size else 0.0
+    length = length / max(largest, 1e-6)
+    hue = np.mod(np.arctan2(flow[..., 1], flow[..., 0]), 2 * np.pi) / (2 * np.pi)
+    # From HSV: each of red, green and blue is a trapezium over the hue.
+    offset = np.array([5.0, 3.0, 1.0])
+    position = np.mod(offset + 6 * hue[..., None], 6)
+    ramp = np.clip(np.minimum(position, 4 - position), 0, 1)
+    value = 1 / np.maximum(length, 1)
+    colour = value[..., None] * (1 - np.minimum(length, 1)[..., None] * ramp)
+    return np.rint(255 * colour).astype(np.uint8)
+
+
+def flow_wheel(side: int) -> UInt8[np.ndarray, "side side 3"]:
+    """What the colours of `colour_flow` mean: the colour at a place is that of the flow there."""
+    axis = np.linspace(-1, 1, side)
+    flow = np.stack(np.meshgrid(axis, axis), axis=-1)
+    wheel = colour_flow(flow, 1.0)
+    wheel[np.hypot(flow[..., 0], flow[..., 1]) > 1] = 255
+    return wheel
 
 
 def _drawn_frames(state: UInt8[np.ndarray, " t"], frame: int | None) -> np.ndarray:

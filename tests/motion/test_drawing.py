@@ -78,3 +78,41 @@ def test_drags_have_colours_of_their_own_and_numbers():
 def test_points_outside_the_picture_are_no_error():
     drawn = drawing.draw_drags(GREY, drag(start=(70.0, 30.0), step=(20.0, -15.0)))
     assert drawn.shape == GREY.shape
+
+
+def test_tracked_points_have_the_colours_of_their_states():
+    states = [TrackState.VISIBLE, TrackState.OCCLUDED, TrackState.OUTSIDE, 0]
+    start = np.array([[20.0, 15.0], [50.0, 15.0], [200.0, 45.0], [60.0, 50.0]])
+    tracks = Tracks(np.repeat(start[:, None], 3, axis=1), np.repeat(np.c_[states], 3, axis=1))
+    drawn = drawing.draw_tracks(GREY, tracks, 1, scale=2)
+    assert drawn.shape == (2 * HEIGHT, 2 * WIDTH, 3)
+    for (x, y), state in zip(start[:2], states[:2], strict=True):
+        colour = np.array(drawing.STATE_COLOURS[state])
+        assert np.abs(drawn[int(2 * y), int(2 * x)].astype(int) - colour).max() < 12
+    assert changed(drawn, np.full_like(drawn, 100))[80:100, -6:].any()  # at the border
+    assert not changed(drawn, np.full_like(drawn, 100))[94:108, 100:140].any()  # unspecified
+
+
+def test_tails_show_where_points_were():
+    long = drawing.draw_tracks(GREY, drag(), 4, tail=4)
+    short = drawing.draw_tracks(GREY, drag(), 4, tail=1)
+    columns = [np.nonzero(changed(each, GREY))[1].min() for each in (long, short)]
+    assert columns[0] < 23 and 46 < columns[1] < 52
+
+
+def test_flow_colours_tell_direction_and_length():
+    directions = np.array([[[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [0.5, 0], [4, 0]]], float)
+    colours = drawing.colour_flow(directions, largest=1.0)[0].astype(int)
+    red, green, cyan, violet, none, pale, dark = colours
+    assert red.tolist() == [255, 0, 0] and cyan.tolist() == [0, 255, 255]
+    assert green.argmax() == 1 and violet.argmax() == 2
+    assert none.tolist() == [255] * 3 and pale[0] == 255 and 100 < pale[1] < 150
+    assert 0 < dark[0] < 128 and not dark[1:].any()
+    assert (drawing.colour_flow(np.zeros((3, 5, 2))) == 255).all()
+    assert drawing.colour_flow(np.full((3, 5, 2), np.nan)).shape == (3, 5, 3)
+
+
+def test_the_wheel_is_the_key_to_the_colours():
+    wheel = drawing.flow_wheel(41)
+    assert wheel[20, 40].tolist() == [255, 0, 0] and wheel[20, 0].tolist() == [0, 255, 255]
+    assert wheel[20, 20].min() > 245 and (wheel[0, 0] == 255).all()
