@@ -226,17 +226,16 @@ def _largest_motion(
     ]
     shift = places[first][:, shown] - turn * start[first][:, None]
     agree = np.ones((far.size, count), bool)
-    compared = np.zeros((far.size, count), int)
+    told = np.empty((shown.size, far.size, count), bool)
     for index, frame in enumerate(shown):
         expected = turn[:, index, None] * start + shift[:, index, None]
         distance = np.abs(places[:, frame] - expected)
-        told = np.isfinite(distance)
-        agree &= ~told | (np.where(told, distance, 0) <= tolerance)
-        compared += told
-    # A pair that is seldom seen is seldom contradicted: half of the frames must have been compared.
-    agree &= 2 * compared >= len(shown)
+        told[index] = np.isfinite(distance)
+        agree &= ~told[index] | (np.where(told[index], distance, 0) <= tolerance)
+    # A track that is seldom compared is seldom contradicted: it must be in half of the frames.
+    agree &= 2 * told.sum(axis=0) >= shown.size
 
-    covered, spread, occupied = _coverage(agree, start, height, width)
+    covered, spread, occupied = _coverage(agree, told, known[:, shown], start, height, width)
     good = (
         (agree.sum(axis=1) >= config.min_tracks)
         & (spread >= config.min_spread)
@@ -249,21 +248,31 @@ def _largest_motion(
 
 
 def _coverage(
-    agree: Bool[np.ndarray, "n k"], start: Complex[np.ndarray, " k"], height: int, width: int
+    agree: Bool[np.ndarray, "n k"],
+    told: Bool[np.ndarray, "f n k"],
+    known: Bool[np.ndarray, "k f"],
+    start: Complex[np.ndarray, " k"],
+    height: int,
+    width: int,
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"], int]:
-    """Of each set of tracks: the cells with any, and the area; and the cells with any track."""
+    """Of each set of tracks that agree: the cells it covers, summed over frames, and its area.
+
+    A pair that is lost early is contradicted by few, but covers nothing from then on. Also returns
+    the cells that all tracks cover, summed over frames.
+    """
     placed = np.flatnonzero(np.isfinite(start))
-    agree = agree[:, placed].astype(np.float64)
+    agree = agree[:, placed].astype(np.float32)
     x, y = (start[placed].real + 0.5) / width - 0.5, (start[placed].imag + 0.5) / height - 0.5
     cells = [np.clip(np.floor((axis + 0.5) * _CELLS), 0, _CELLS - 1) for axis in (x, y)]
     _, cell = np.unique(cells[0] + _CELLS * cells[1], return_inverse=True)
-    member = np.eye(cell.max(initial=-1) + 1)[cell]
-    covered = (agree @ member > 0).sum(axis=1)
+    member = np.eye(cell.max(initial=-1) + 1, dtype=np.float32)[cell]
+    covered = sum(((agree * each[:, placed]) @ member > 0).sum(axis=1) for each in told)
+    occupied = int((known[placed].T.astype(np.float32) @ member > 0).sum())
     # The area by second moments: for points that fill the picture, their determinant is 1 / 144.
-    sums = agree @ np.stack([x, y, x * x, x * y, y * y], axis=-1)
+    sums = agree.astype(np.float64) @ np.stack([x, y, x * x, x * y, y * y], axis=-1)
     x, y, xx, xy, yy = (sums / np.maximum(agree.sum(axis=1, keepdims=True), 1)).T
     determinant = (xx - x * x) * (yy - y * y) - (xy - x * y) ** 2
-    return covered, 12 * np.sqrt(np.maximum(determinant, 0)), member.shape[1]
+    return covered, 12 * np.sqrt(np.maximum(determinant, 0)), occupied
 
 
 def _least_squares(

@@ -105,6 +105,18 @@ def test_a_crowded_object_is_not_taken_for_the_background():
     assert background[240:].all() and not background[:240].any()
 
 
+def test_tracks_that_are_lost_before_anything_moves_decide_nothing():
+    ground, lost, late = (grid(*size, frames=13) for size in ((6, 5), (5, 4), (8, 7)))
+    state = lost.state.copy()
+    state[:, 8:] = TrackState.OCCLUDED
+    points = late.points.copy()
+    points[:, 8:, 1] += np.arange(1, 6)  # all that moves starts when those are gone
+    points[:, 8:] += np.random.default_rng(0).normal(0, 2, (56, 1, 2)) * np.arange(5)[:, None]
+    tracks = Tracks.concatenate([ground, Tracks(lost.points, state), Tracks(points, late.state)])
+    background = fit_camera(tracks, HEIGHT, WIDTH).background
+    assert background[:50].all() and not background[50:].any()
+
+
 def test_everything_moving_as_it_likes_has_no_background():
     rng = np.random.default_rng(0)
     points = rng.uniform((0, 0), (WIDTH, HEIGHT), (60, 1, 2))
