@@ -260,17 +260,25 @@ def _coverage(
     A pair that is lost early is contradicted by few, but covers nothing from then on. Also returns
     the cells that all tracks cover, summed over frames.
     """
+    x, y = (start.real + 0.5) / width - 0.5, (start.imag + 0.5) / height - 0.5
     placed = np.flatnonzero(np.isfinite(start))
-    agree = agree[:, placed].astype(np.float32)
-    x, y = (start[placed].real + 0.5) / width - 0.5, (start[placed].imag + 0.5) / height - 0.5
-    cells = [np.clip(np.floor((axis + 0.5) * _CELLS), 0, _CELLS - 1) for axis in (x, y)]
-    _, cell = np.unique(cells[0] + _CELLS * cells[1], return_inverse=True)
-    member = np.eye(cell.max(initial=-1) + 1, dtype=np.float32)[cell]
-    covered = sum(((agree * each[:, placed]) @ member > 0).sum(axis=1) for each in told)
-    occupied = int((known[placed].T.astype(np.float32) @ member > 0).sum())
+    cells = [np.clip(np.floor((axis[placed] + 0.5) * _CELLS), 0, _CELLS - 1) for axis in (x, y)]
+    cell = cells[0] + _CELLS * cells[1]
+    placed = placed[np.argsort(cell, kind="stable")]
+    _, first = np.unique(np.sort(cell), return_index=True)
+
+    def cells_with_any(tracks: Bool[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
+        return np.logical_or.reduceat(tracks[:, placed], first, axis=1).sum(axis=1)
+
+    # No matrix products: for arrays this small, BLAS spends its time on starting threads.
+    covered = sum(cells_with_any(agree & each) for each in told)
+    occupied = int(cells_with_any(known.T).sum())
     # The area by second moments: for points that fill the picture, their determinant is 1 / 144.
-    sums = agree.astype(np.float64) @ np.stack([x, y, x * x, x * y, y * y], axis=-1)
-    x, y, xx, xy, yy = (sums / np.maximum(agree.sum(axis=1, keepdims=True), 1)).T
+    x, y = x[placed], y[placed]
+    moments = np.stack([x, y, x * x, x * y, y * y])
+    member = agree[:, placed].astype(np.float64)
+    sums = np.einsum("nk,jk->jn", member, moments)
+    x, y, xx, xy, yy = sums / np.maximum(member.sum(axis=1), 1)
     determinant = (xx - x * x) * (yy - y * y) - (xy - x * y) ** 2
     return covered, 12 * np.sqrt(np.maximum(determinant, 0)), occupied
 

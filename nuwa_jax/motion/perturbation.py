@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Bool, Float
 
 from nuwa_jax.motion.schedules import Schedule, check_ends, schedules_of
@@ -70,25 +71,25 @@ def perturb_tracks(
     """
     if schedules_of(config):
         raise ValueError("resolve the schedules of perturb first: at_step(config, step)")
-    border = np.array([width, height]) - 0.5
     points = tracks.points.astype(np.float64)
     state = tracks.state.copy()
     frames = tracks.num_frames
     if frames < 2:
         return tracks
+    still = (points == points[:, :1]).all(axis=(1, 2))
+    offsets = np.zeros((tracks.num_tracks, config.jitter_knots, 2))
     for k in range(tracks.num_tracks):
-        still = bool((points[k] == points[k, :1]).all())
         if rng.random() < config.subsample_probability:
             count = int(rng.choice(config.subsample))
             points[k] = _thin(points[k], tracks.visible[k], count, rng)
-        knots = 1 if still else config.jitter_knots
-        points[k] += config.jitter * _smooth_noise(knots, frames, rng)
-        kept_in = (state[k] == TrackState.VISIBLE) | (state[k] == TrackState.OCCLUDED)
-        within = np.clip(points[k], -0.5, border)
-        points[k] = np.where((kept_in | still)[:, None], within, points[k])
+        offsets[k] = rng.standard_normal((1 if still[k] else config.jitter_knots, 2))
         if rng.random() < config.tail_dropout:
             # At least one step of motion is left.
             state[k, int(rng.integers(2, frames + 1)) :] = TrackState.UNSPECIFIED
+    points += config.jitter * _over_time(offsets, frames)
+    in_picture = (tracks.state == TrackState.VISIBLE) | (tracks.state == TrackState.OCCLUDED)
+    within = np.clip(points, -0.5, np.array([width, height]) - 0.5)
+    points = np.where((in_picture | still[:, None])[..., None], within, points)
     return Tracks(points, state)
 
 
@@ -110,6 +111,9 @@ def _thin(
     return thinned
 
 
-def _smooth_noise(knots: int, frames: int, rng: np.random.Generator) -> Float[np.ndarray, "t 2"]:
-    values = rng.standard_normal((knots, 2))
-    return pchip(values, np.linspace(0.0, frames - 1.0, knots), np.arange(frames, dtype=float))
+def _over_time(values: Float[np.ndarray, "k n 2"], frames: int) -> Float[np.ndarray, "k t 2"]:
+    """A smooth path of each track through its `n` values, which are spread evenly over the clip."""
+    count, knots, _ = values.shape
+    values = rearrange(values, "k n xy -> n (k xy)")
+    path = pchip(values, np.linspace(0.0, frames - 1.0, knots), np.arange(frames, dtype=float))
+    return rearrange(path, "t (k xy) -> k t xy", k=count, xy=2)

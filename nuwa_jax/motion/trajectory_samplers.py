@@ -276,8 +276,10 @@ def _by_region(clip: _Clip, rng: np.random.Generator, config: SamplerConfig) -> 
     of_block = block[:, 1] * columns + block[:, 0]
     paths = clip.tracks.points[lasting].astype(np.float64)
     paths = paths - paths[:, :1]
-    representatives = []
-    for each in np.unique(of_block):
+    blocks, counts = np.unique(of_block, return_counts=True)
+    # A track alone in its block has none to disagree with.
+    representatives = list(lasting[np.isin(of_block, blocks[counts == 1])])
+    for each in blocks[counts > 1]:
         members = np.flatnonzero(of_block == each)
         median = np.median(paths[members], axis=0)
         apart = np.linalg.norm(paths[members] - median, axis=-1).max(axis=1)
