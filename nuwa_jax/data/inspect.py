@@ -149,7 +149,12 @@ def load_config(path: str) -> tuple[DragSynthesis, SceneConfig]:
     if file.suffix == ".py":
         spec = importlib.util.spec_from_file_location("inspected_config", file)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"--config={path}: {error}: run this where the folder configs/ is"
+            ) from error
         if not hasattr(module, "get_config"):
             raise UserError(f"--config={path} has no get_config: name a file of configs/")
         config = module.get_config(argument or None)

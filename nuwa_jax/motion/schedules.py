@@ -62,6 +62,11 @@ def at_step(config: _Config, step: int) -> _Config:
     return type(config)(**values)
 
 
+def at_end(config: _Config) -> _Config:
+    """The config as it is once all of its schedules have come to their ends."""
+    return at_step(config, max((each.steps for each in schedules_of(config)), default=0))
+
+
 def schedules_of(config: Any) -> list[Schedule]:
     """Every schedule in a config, those of the configs within it included."""
     if isinstance(config, Schedule):

@@ -285,6 +285,7 @@ def test_configs_are_read_from_python_files_and_from_runs(tmp_path):
     [
         (None, "none.py", "no such file"),
         ("x = 1", "a.py", "get_config"),
+        ("import no_such_module", "a.py", "no_such_module.*configs/"),
         ("{", "a.json", "neither .py nor JSON"),
         ('{"model": {}}', "a.json", "no section data"),
         ("[3]", "a.json", "no section data"),

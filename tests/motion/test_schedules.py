@@ -7,7 +7,7 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.motion.camera_motion import CameraConfig
 from nuwa_jax.motion.drag_synthesis import DragsOn, DragSynthesis
 from nuwa_jax.motion.perturbation import PerturbConfig
-from nuwa_jax.motion.schedules import Schedule, at_step, schedules_of
+from nuwa_jax.motion.schedules import Schedule, at_end, at_step, schedules_of
 from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 
@@ -45,6 +45,12 @@ def test_schedules_are_found_at_any_depth():
     assert dict(later.sampler.mixture)["few"] == SamplerConfig(max_count=4)
     assert (later.perturb.jitter, later.perturb.tail_dropout) == (2.0, pytest.approx(0.1))
     assert later.drags_on.camera == 0.5
+
+
+def test_the_end_is_that_of_the_last_schedule():
+    config = SamplerConfig(max_count=Schedule(64, 8, 10), spacing=Schedule(4.0, 5.0, 20))
+    assert at_end(config) == SamplerConfig(spacing=5.0)
+    assert at_end(SamplerConfig()) == SamplerConfig()
 
 
 def test_a_config_without_schedules_is_the_same_at_every_step():
