@@ -39,6 +39,7 @@ from nuwa_jax.motion.schedules import at_step, build_config
 from nuwa_jax.motion.tracks import Tracks
 
 _EXAMPLES = 4  # of each reason for a reject
+_NUMBERED = 24  # drags at most; the numbers of more would hide what they number
 _SIDE = 192  # the shorter side of a picture is enlarged to at least about this many pixels
 
 
@@ -289,9 +290,10 @@ def _card(clip: Clip, drags: Drags) -> Card:
     of_camera = int(drags.camera.sum())
     title = f"{drags.tracks.num_tracks} drags, on: {drags.on}"
     title += f", {of_camera} of the camera" if of_camera else ""
+    few = drags.tracks.num_tracks <= _NUMBERED
     pictures = [
         ("tracks and their states", animation(frames, clip.fps)),
-        (title, still(draw_drags(video[0], drags.tracks, scale=scale))),
+        (title, still(draw_drags(video[0], drags.tracks, scale=scale, numbers=few))),
     ]
     if len(video) > 1:
         pictures.append(_flow_picture(clip, video))
