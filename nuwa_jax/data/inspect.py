@@ -32,11 +32,13 @@ from nuwa_jax.data.scenes import Scene, SceneConfig, render_scene
 from nuwa_jax.data.video import VideoError, read_video
 from nuwa_jax.data.webvid import REJECTS
 from nuwa_jax.errors import UserError, run_main
+from nuwa_jax.motion.camera_motion import UNCLEAR, CameraConfig, group_tracks
 from nuwa_jax.motion.drag_synthesis import Drags, DragSynthesis, synthesise_drags
 from nuwa_jax.motion.drawing import colour_flow, draw_drags, draw_tracks
 from nuwa_jax.motion.estimators import DISFlow
 from nuwa_jax.motion.schedules import at_step, build_config
 from nuwa_jax.motion.tracks import Tracks
+from nuwa_jax.motion.trajectory_samplers import BACKGROUND
 
 _EXAMPLES = 4  # of each reason for a reject
 _NUMBERED = 24  # drags at most; the numbers of more would hide what they number
@@ -216,7 +218,7 @@ def _inspect(
             camera=synthesis.camera,
         )
         if index in shown:
-            card = _card(clip, drags)
+            card = _card(clip, drags, synthesis.camera)
             if card.fault:
                 damaged.append((clip.name, card.fault))
             cards.append(card)
@@ -228,7 +230,8 @@ def _inspect(
     }
     at = f" at step {options.step}" if synthesis is not options.synthesis else ""
     notes = [
-        f"{note}; {len(cards)} are shown, {len(damaged)} damaged. Seed {options.seed}.",
+        f"{note}; {len(cards)} are shown, and only their videos are decoded; {len(damaged)} are "
+        f"damaged. Seed {options.seed}.",
         f"Drags are made by {options.config_name}{at} (sampler {synthesis.sampler.kind!r}), at the "
         "size of the clips.",
     ]
@@ -275,11 +278,14 @@ def _clip_of_scene(scene: Scene) -> Clip:
     )
 
 
-def _card(clip: Clip, drags: Drags) -> Card:
+def _card(clip: Clip, drags: Drags, camera: CameraConfig) -> Card:
     tracks = clip.tracks
+    groups = group_tracks(tracks, clip.height, clip.width, camera)
     facts = (
         f"{clip.width}x{clip.height}, {tracks.num_frames} frames at {clip.fps:.4g} fps, "
-        f"{tracks.num_tracks} tracks, {clip.facts}"
+        f"{tracks.num_tracks} tracks; by their motion {(groups == BACKGROUND).sum()} of the "
+        f"background, {(groups > BACKGROUND).sum()} of {max(groups.max(initial=0), 0)} objects, "
+        f"{(groups == UNCLEAR).sum()} of neither; {clip.facts}"
     )
     try:
         video = clip.load()
