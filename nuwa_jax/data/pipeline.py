@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import grain
@@ -26,19 +26,13 @@ from nuwa_jax.data.scenes import HELD_OUT_SEED, Scene, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import load_tokenizer
 from nuwa_jax.data.video import PointTransform, VideoError, read_video, resize_video
 from nuwa_jax.errors import UserError
+from nuwa_jax.motion.camera_motion import CameraConfig
+from nuwa_jax.motion.drag_synthesis import PARTS, DragsOn, DragSynthesis, synthesise_drags
 from nuwa_jax.motion.estimators import DISFlow
-from nuwa_jax.motion.tracks import (
-    PerturbConfig,
-    SamplerConfig,
-    Tracks,
-    TrackState,
-    inside,
-    net_displacement,
-    perturb_tracks,
-    sample_trajectories,
-)
-
-_Config = TypeVar("_Config")
+from nuwa_jax.motion.perturbation import PerturbConfig
+from nuwa_jax.motion.schedules import at_step, build_config
+from nuwa_jax.motion.tracks import Tracks, TrackState, inside
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 # Records to try in the place of a damaged one before giving up.
 _MAX_REPLACEMENTS = 16
@@ -67,11 +61,11 @@ class DataConfig:
       clips: folder that `python -m nuwa_jax.data.webvid` made; "" for none.
       threads: that make batches; 0 makes them when they are asked for.
       prefetch: batches made ahead, at least.
-      camera_probability: chance that drags of an element with a moving camera may lie on the
-        background. Otherwise they lie on the sprites and on what stays still.
       scenes: what scenes look like. Size, frames and fps are always those above.
       sampler: which tracks become drags.
       perturb: how imprecise drags are.
+      drags_on: how often drags lie on objects, on the background, and on both.
+      camera: how background and objects are told apart in clips.
     """
 
     height: int = 64
@@ -86,10 +80,11 @@ class DataConfig:
     clips_weight: float = 0.0
     threads: int = 2
     prefetch: int = 4
-    camera_probability: float = 0.25
     scenes: SceneConfig = SceneConfig()
     sampler: SamplerConfig = SamplerConfig()
     perturb: PerturbConfig = PerturbConfig()
+    drags_on: DragsOn = DragsOn()
+    camera: CameraConfig = CameraConfig()
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "frames", "max_drags", "text_length"):
@@ -100,8 +95,6 @@ class DataConfig:
         for name in ("scenes_weight", "clips_weight", "threads", "prefetch"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} is at least 0, got {getattr(self, name)}")
-        if not 0 <= self.camera_probability <= 1:
-            raise UserError(f"data.camera_probability is in [0, 1], got {self.camera_probability}")
         if self.scenes_weight + self.clips_weight <= 0:
             raise UserError(
                 "data.scenes_weight and data.clips_weight are both 0: nothing to train on; set one"
@@ -111,9 +104,9 @@ class DataConfig:
                 "data.clips_weight is set but data.clips is not: name a folder made by "
                 "python -m nuwa_jax.data.webvid"
             )
-        if self.sampler.max_count > self.max_drags:
+        if self.sampler.most_drags > self.max_drags:
             raise UserError(
-                f"data.sampler.max_count {self.sampler.max_count} is more than data.max_drags "
+                f"data.sampler.max_count {self.sampler.most_drags} is more than data.max_drags "
                 f"{self.max_drags}: drags would not fit"
             )
         size = {name: getattr(self, name) for name in ("height", "width", "frames", "fps")}
@@ -127,11 +120,18 @@ class DataConfig:
           UserError: an entry is unknown or its value makes no sense.
         """
         values = dict(config)
-        parts = {"scenes": SceneConfig, "sampler": SamplerConfig, "perturb": PerturbConfig}
-        for name, part in parts.items():
-            if name in values:
-                values[name] = _build(part, values[name], f"data.{name}")
-        return _build(cls, values, "data")
+        if "scenes" in values:
+            values["scenes"] = build_config(
+                SceneConfig, values["scenes"], "data.scenes", schedules=False
+            )
+        synthesis = DragSynthesis.from_config(values)
+        values |= {name: getattr(synthesis, name) for name in PARTS}
+        return build_config(cls, values, "data", schedules=False)
+
+    @property
+    def synthesis(self) -> DragSynthesis:
+        """How drags are made of tracks."""
+        return DragSynthesis(**{name: getattr(self, name) for name in PARTS})
 
 
 class Batches(Iterator[Batch]):
@@ -185,6 +185,7 @@ def make_batches(
     shard: int = 0,
     num_shards: int = 1,
     with_flow: bool = False,
+    schedule_start: int = 0,
 ) -> Batches:
     """The stream of batches, from the element `start_index` on.
 
@@ -199,6 +200,8 @@ def make_batches(
       shard: which block of every batch to yield, usually `jax.process_index()`.
       num_shards: usually `jax.process_count()`.
       with_flow: fill `Batch.flow`.
+      schedule_start: element at which step 0 of the config's schedules is, such as the first one
+        of a stage. Where there are schedules, element i also depends on this and on `batch_size`.
 
     Raises:
       UserError: the batch does not divide among shards, or the clips cannot be opened: there are
@@ -213,7 +216,9 @@ def make_batches(
         raise ValueError(f"shard is in 0 .. {num_shards - 1}, got {shard}")
     if start_index < 0 or seed < 0:
         raise ValueError(f"start_index and seed are at least 0, got {start_index} and {seed}")
-    elements = _Elements(config, seed, batch_size, start_index, shard, num_shards, with_flow)
+    elements = _Elements(
+        config, seed, batch_size, start_index, shard, num_shards, with_flow, schedule_start
+    )
     return Batches(elements, config, batch_size, start_index)
 
 
@@ -257,8 +262,10 @@ class _Elements:
         shard: int,
         num_shards: int,
         with_flow: bool,
+        schedule_start: int,
     ) -> None:
         self._config = config
+        self._schedule_start = schedule_start
         self._seed = seed
         self._batch_size = batch_size
         self._start = start
@@ -297,7 +304,8 @@ class _Elements:
             clip = self._prepared_clip(clips_before, rng)
         else:
             clip = self._scene(rng)
-        drags = _synthesise_drags(clip, rng, config).pad(config.max_drags)
+        step = max(index - self._schedule_start, 0) // self._batch_size
+        drags = _synthesise_drags(clip, rng, config, step).pad(config.max_drags)
         return Batch(
             video=clip.video,
             flow=None if clip.flow is None else clip.flow.astype(np.float16),
@@ -414,38 +422,15 @@ def _resize_flow(
     return np.stack(resized) * scale.astype(np.float32)
 
 
-def _synthesise_drags(clip: _Clip, rng: np.random.Generator, config: DataConfig) -> Tracks:
-    tracks, groups = clip.tracks, clip.groups
-    on_background = rng.random() < config.camera_probability
-    if groups is not None and not on_background:
-        # A background that moves is the camera's doing; one that is still can be held as an anchor.
-        still = net_displacement(tracks) < config.sampler.min_motion
-        kept = np.flatnonzero((groups > 0) | still)
-        tracks, groups = tracks.select(kept), groups[kept]
+def _synthesise_drags(
+    clip: _Clip, rng: np.random.Generator, config: DataConfig, step: int
+) -> Tracks:
     height, width = clip.video.shape[1:3]
-    drags = sample_trajectories(tracks, rng, config.sampler, height, width, groups)
-    return perturb_tracks(drags, rng, config.perturb)
+    synthesis = at_step(config.synthesis, step)
+    return synthesise_drags(clip.tracks, rng, synthesis, height, width, clip.groups).tracks
 
 
 def _stack(elements: Sequence[Batch]) -> Batch:
     return Batch(
         *(None if column[0] is None else np.stack(column) for column in zip(*elements, strict=True))
     )
-
-
-def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in values:
-        if name not in known:
-            raise UserError(f"{where}.{name} is not a known entry: use one of {', '.join(known)}")
-    try:
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in dict(values).items()
-            }
-        )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error

@@ -175,7 +175,7 @@ class _Run:
             window=meta.window,
             write=self.main,
         )
-        batches = self._batches(stage, meta.position)
+        batches = self._batches(stage, meta.position, position)
         if meta.step and batches.fingerprint != meta.clips:
             batches.close()
             raise UserError(
@@ -233,7 +233,7 @@ class _Run:
                 checkpoints.save(state, meta)
         return meta, state.all_ema()
 
-    def _batches(self, stage: Stage, position: int) -> Any:
+    def _batches(self, stage: Stage, position: int, stage_start: int) -> Any:
         return make_batches(
             self.data,
             seed=self.config.seed,
@@ -242,11 +242,12 @@ class _Run:
             shard=jax.process_index(),
             num_shards=jax.process_count(),
             with_flow=stage.needs_flow,
+            schedule_start=stage_start,
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
         """Gives latents zero mean and unit deviation per channel, over the data's first batches."""
-        with closing(self._batches(stage, 0)) as batches:
+        with closing(self._batches(stage, 0, 0)) as batches:
             videos = [next(batches).video for _ in range(self.config.train.calibration_batches)]
         latents = calibrate_latents(self.model, state.all_ema(), videos)
         return state._replace(frozen={**state.frozen, LATENTS: latents})
