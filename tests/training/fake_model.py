@@ -21,6 +21,7 @@ class FakeModel:
     """Matrices on 4x4 patches; every condition moves the denoised latents."""
 
     augmentation = 0.0
+    image_encoder = None
 
     def latent_shape(self, height, width, frames):
         return frames, height // PATCH, width // PATCH, CHANNELS
