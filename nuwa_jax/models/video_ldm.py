@@ -215,6 +215,10 @@ class VideoLDM:
         """Normalised latents (the posterior's mean) of a video in [-1, 1]."""
         return self.normalize(params, self.posterior(params, video)[0])
 
+    def encode_text(self, params: Params, text: Int[Array, "b l"]) -> Float[Array, "b l2 c"]:
+        """The captions' features, as `condition` takes them for `text_embedding`."""
+        return self._text_context(params["text"], text, jnp.zeros((len(text),), bool), None)[0]
+
     def decode(
         self, params: Params, latents: Float[Array, "b t h w c"], frames_per_call: int = 0
     ) -> Float[Array, "b t H W 3"]:

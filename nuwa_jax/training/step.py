@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.data.device import complete
 from nuwa_jax.diffusion import edm
+from nuwa_jax.errors import UserError
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
@@ -43,6 +44,7 @@ def make_train_step(model: VideoLDM, config: Any, stage: Stage) -> TrainStep:
     def step(
         state: TrainState, batch: Batch, learning_rate: Array, progress: Array
     ) -> tuple[TrainState, Metrics]:
+        _check_precomputed(model, config, stage, batch, state)
         batch = complete(batch, config.data.height, config.data.width)
         key = jax.random.fold_in(stage_key(config.seed, stage.index), state.step)
         draws = draw(key, model, stage, batch, config.diffusion)
@@ -198,6 +200,26 @@ def training_condition(
         drop=draws.drop,
         **precomputed,
     )
+
+
+def _check_precomputed(
+    model: VideoLDM, config: Any, stage: Stage, batch: Batch, state: TrainState
+) -> None:
+    """Looks, while the step is traced, at what was prepared for perhaps another model."""
+    if batch.latents is not None:
+        expected = model.latent_shape(config.data.height, config.data.width, config.data.frames)
+        if batch.latents.shape[1:] != expected:
+            raise UserError(
+                f"the prepared latents have shape {batch.latents.shape[1:]}, this model's are "
+                f"{expected}: prepare the clips with its autoencoder, or set "
+                'data.format="video"'
+            )
+    if batch.text_embedding is not None and "text" in state.params:
+        raise UserError(
+            f"stage {stage.name} trains the text encoder, but the clips hold text embeddings that "
+            f"were made beforehand: freeze text/ in stages.{stage.name}.rules, or prepare the "
+            "clips without text embeddings"
+        )
 
 
 def init_key(seed: int) -> PRNGKeyArray:

@@ -3,7 +3,6 @@ import dataclasses
 import cv2
 import jax
 import numpy as np
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from prepared_clips import SMALL, assert_equal, captions, joined, make_clips, take
 
@@ -57,14 +56,14 @@ def test_captions_that_tell_left_from_right_are_never_mirrored(tmp_path):
     assert flipped == {"brightness", "upright"}
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.5])
-def test_clips_are_mirrored_as_often_as_the_config_says(tmp_path, probability):
+def test_clips_are_mirrored_as_often_as_the_config_says(tmp_path):
+    probability = 0.3
     folder = make_clips(tmp_path / "clips", count=3, height=24, width=32)
     config = dataclasses.replace(
         SMALL, clips=folder, clips_weight=1.0, scenes_weight=0.0, flip_probability=probability
     )
-    share = take(config, 1, batch_size=400)[0].flip.mean()
-    assert abs(share - probability) < 4 * np.sqrt(probability * (1 - probability) / 400)
+    share = take(config, 1, batch_size=200)[0].flip.mean()
+    assert abs(share - probability) < 4 * np.sqrt(probability * (1 - probability) / 200)
 
 
 def test_flow_is_sent_small_and_is_what_it_was_on_the_device(tmp_path):
