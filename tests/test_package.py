@@ -33,10 +33,11 @@ MAY_IMPORT = {
 }
 # The host's side of the package: these must work, and start fast, in processes without JAX.
 WITHOUT_JAX = ("data", "motion")
-JAX_ALLOWED = {"data/device.py", "motion/raster.py", "motion/flow_ops.py"}
+JAX_ALLOWED = {"data/device.py", "data/soak.py", "motion/raster.py", "motion/flow_ops.py"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-# Reads the files of another framework, where that is installed.
-OTHER_ALLOWED = {"convert/torch_file.py"}
+# Reads the files of another framework, where that is installed; is measured against in its own
+# interpreter.
+OTHER_ALLOWED = {"convert/torch_file.py", "data/bench_torch.py"}
 OTHER_FRAMEWORKS = {"torch", "torchvision", "tensorflow", "keras", "diffusers", "transformers"}
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
