@@ -1,7 +1,9 @@
 """Point trackers and flow estimators behind two small protocols; OpenCV's need no weights.
 
 Whatever follows points or estimates flow can stand in for these: a learned tracker only has to
-have a `name` and a `track`. Names go into the records made with them.
+have a `name` and a `track`. Names go into the manifest of the records made with them, and so tell
+all that the result depends on: the method, a number that grows when its results change, and the
+version of the library or the hash of the weights behind it.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class LucasKanadeTracker:
 
     @property
     def name(self) -> str:
-        return "opencv-lk"
+        return f"opencv-lk-1 (opencv {cv2.__version__})"
 
     def track(
         self, video: UInt8[np.ndarray, "t h w 3"], points: Float[np.ndarray, "k 2"]
@@ -123,7 +125,7 @@ class DISFlow:
 
     @property
     def name(self) -> str:
-        return f"opencv-dis-{self.preset}"
+        return f"opencv-dis-{self.preset}-1 (opencv {cv2.__version__})"
 
     def estimate(self, video: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t h w 2"]:
         """See `FlowEstimator`.
