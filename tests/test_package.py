@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "golden": {"errors", "tensor_files", "motion", "models", "diffusion", "convert"},
 }
 # Programs that look up by name what stands above them, and import it only then.
-LOOKS_UP = {"data/webvid.py": {"estimation"}}
+LOOKS_UP = {"data/shards.py": {"estimation"}}
 # The host's side of the package: these must work, and start fast, in processes without JAX.
 WITHOUT_JAX = ("data", "motion")
 JAX_ALLOWED = {"data/pipeline.py", "motion/raster.py", "motion/flow_ops.py"}

@@ -62,8 +62,8 @@ def text_share(video: UInt8[np.ndarray, "t h w 3"]) -> float:
     An overlay stays where it is: only edges that the first, middle and last frame have in common
     count. What remains is joined along rows, and a region counts as a line of text if it is wide,
     filled with edges, and crossed by as many strokes as letters of its height have. No reading is
-    done: fine regular patterns that stand still are taken for text; slanted, faint or very large text
-    is not found.
+    done: fine regular patterns that stand still are taken for text; slanted, faint or very large
+    text is not found.
     """
     height, width = video.shape[1:3]
     scale = _TEXT_SIDE / min(height, width)
