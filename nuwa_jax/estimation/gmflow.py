@@ -12,6 +12,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
@@ -21,6 +22,8 @@ from nuwa_jax.models.gmflow import FORMAT, GMFlow, GMFlowConfig
 from nuwa_jax.motion.estimators import (
     check_track_inputs,
     check_video,
+    enlarge,
+    enlargement,
     follow_while_sure,
     lucas_kanade,
     sample_patches,
@@ -31,6 +34,10 @@ from nuwa_jax.tensor_files import SafetensorsFile
 
 class GMFlowEstimator:
     """Flow of all neighbouring frames of a clip, in batches on the default device.
+
+    The weights were trained on pictures of some hundred pixels and fail on small ones, which are
+    therefore enlarged until their short side is at least 192, by at most 4: on a pair of 50 x 50
+    pixels that lowers the end-point error from 4.9 to 0.9.
 
     Args:
       path: a file that `python -m nuwa_jax.convert --part=gmflow` wrote.
@@ -74,6 +81,9 @@ class GMFlowEstimator:
         flow = np.zeros((1 + bidirectional, *video.shape[:3], 2), np.float32)
         if frames == 1:
             return flow
+        height, width = video.shape[1:3]
+        factor = enlargement(height, width)
+        video = np.stack([enlarge(frame, factor) for frame in video])
         # Equal parts, so that one compiled program does for all; the last frame fills the last.
         parts = -(-(frames - 1) // self.batch)
         size = -(-(frames - 1) // parts)
@@ -83,8 +93,14 @@ class GMFlowEstimator:
                 self._params, padded[start : start + size + 1], bidirectional=bidirectional
             )
             kept = min(size, frames - 1 - start)
-            part = np.asarray(part).reshape(len(flow), size, *flow.shape[2:])
-            flow[:, start + 1 : start + 1 + kept] = part[:, :kept]
+            part = rearrange(
+                np.asarray(part),
+                "(d n) (h y) (w x) k -> d n h w (y x) k",
+                d=len(flow),
+                y=factor,
+                x=factor,
+            )
+            flow[:, start + 1 : start + 1 + kept] = part[:, :kept].mean(axis=-2) / factor
         return flow
 
 

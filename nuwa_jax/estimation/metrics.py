@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nuwa_jax.motion.tracks import Tracks, TrackState
+from nuwa_jax.motion.estimators import sample_patches
+from nuwa_jax.motion.tracks import Tracks, TrackState, inside
 
 # Where nobody knows the true flow, its files hold values beyond this (Middlebury's convention).
 UNKNOWN_FLOW = 1e9
@@ -134,6 +135,18 @@ def end_point_errors(
 ) -> Float[np.ndarray, " n"]:
     """Distance in pixels between estimated and true ends of motion, wherever truth is known."""
     return np.linalg.norm(flow - truth, axis=-1)[known_flow(truth)]
+
+
+def forward_backward_errors(
+    forward: Float[np.ndarray, "h w 2"], backward: Float[np.ndarray, "h w 2"]
+) -> Float[np.ndarray, " n"]:
+    """How far from the start one lands after going there and back; where one stays inside."""
+    height, width = forward.shape[:2]
+    start = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)
+    target = start + forward
+    within = inside(target, height, width)
+    there = forward[within]
+    return np.linalg.norm(there + sample_patches(backward, target[within], 0)[:, 0], axis=-1)
 
 
 def known_flow(truth: Float[np.ndarray, "h w 2"]) -> Bool[np.ndarray, "h w"]:

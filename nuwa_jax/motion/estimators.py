@@ -89,7 +89,7 @@ class LucasKanadeTracker:
         """
         points = check_track_inputs(video, points)
         frames, height, width = video.shape[:3]
-        factor = self.upsample or min(4, max(1, -(-192 // min(height, width))))
+        factor = self.upsample or enlargement(height, width)
         pictures = [enlarge(frame, factor) for frame in video]
         size = pictures[0].shape[:2]
         position = resize_points(points, (height, width), size)
@@ -243,6 +243,11 @@ def lucas_kanade(
     size = max(before.shape[:2])
     sane = np.isfinite(found) & (np.abs(found) < 4 * size)
     return np.where(sane.all(axis=-1, keepdims=True), found, guess).astype(np.float64)
+
+
+def enlargement(height: int, width: int) -> int:
+    """The factor by which the short side becomes at least 192 pixels, at most 4."""
+    return min(4, max(1, -(-192 // min(height, width))))
 
 
 def enlarge(frame: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "H W 3"]:
