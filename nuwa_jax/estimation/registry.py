@@ -24,6 +24,7 @@ def load_estimators(name: str = "lk_dis", weights: str = "") -> Estimators:
 
     Args:
       name: one of `BACKENDS`. `lk_dis`: OpenCV's Lucas-Kanade and DIS, which need no weights.
+        `gmflow`: GMFlow, and tracks along its flow.
       weights: path of its weights, where it has any.
 
     Raises:
@@ -40,4 +41,13 @@ def _lk_dis(weights: str) -> Estimators:
     return Estimators(LucasKanadeTracker(), DISFlow())
 
 
-BACKENDS: dict[str, Callable[[str], Estimators]] = {"lk_dis": _lk_dis}
+def _gmflow(weights: str) -> Estimators:
+    from nuwa_jax.estimation.gmflow import FlowTracker, GMFlowEstimator
+
+    if not weights:
+        raise UserError("gmflow needs its weights: give the file that nuwa_jax.convert made")
+    flow = GMFlowEstimator(weights)
+    return Estimators(FlowTracker(flow), flow)
+
+
+BACKENDS: dict[str, Callable[[str], Estimators]] = {"lk_dis": _lk_dis, "gmflow": _gmflow}
