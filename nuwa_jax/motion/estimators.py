@@ -1,12 +1,15 @@
 """Point trackers and flow estimators behind two small protocols; OpenCV's need no weights.
 
 Whatever follows points or estimates flow can stand in for these: a learned tracker only has to
-have a `name` and a `track`. Names go into the records made with them.
+have a `name` and a `track`. Names go into the manifest of the records made with them, and so tell
+all that the result depends on: the method, a number that grows when its results change, and the
+version of the library or the hash of the weights behind it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import cv2
@@ -74,7 +77,7 @@ class LucasKanadeTracker:
 
     @property
     def name(self) -> str:
-        return "opencv-lk"
+        return f"opencv-lk-1 (opencv {cv2.__version__})"
 
     def track(
         self, video: UInt8[np.ndarray, "t h w 3"], points: Float[np.ndarray, "k 2"]
@@ -86,33 +89,20 @@ class LucasKanadeTracker:
         """
         points = check_track_inputs(video, points)
         frames, height, width = video.shape[:3]
-        factor = self.upsample or min(4, max(1, -(-192 // min(height, width))))
+        factor = self.upsample or enlargement(height, width)
         pictures = [enlarge(frame, factor) for frame in video]
         size = pictures[0].shape[:2]
         position = resize_points(points, (height, width), size)
 
-        alive = inside(position, *size)
-        state = np.where(alive, TrackState.VISIBLE, TrackState.OUTSIDE)
-        positions, states = [position], [state]
-        for before, after in zip(pictures, pictures[1:], strict=False):
-            moved = lucas_kanade(before, after, position, position, self.window, self.levels)
-            back = lucas_kanade(after, before, moved, position, self.window, self.levels)
-            round_trip = np.linalg.norm(back - position, axis=-1) / factor
-            similarity = _similarity(before, after, position, moved, self.window)
-            sure = (round_trip <= self.max_round_trip) & (similarity >= self.min_similarity)
-            within = inside(moved, *size)
-            # Half a patch from the border, a lost point most likely went out.
-            margin = self.window / 2
-            leaving = ~within | ~inside(moved + margin * np.sign(moved - position), *size)
-            lost = np.where(leaving, TrackState.OUTSIDE, TrackState.OCCLUDED)
-            state = np.where(alive, np.where(sure & within, TrackState.VISIBLE, lost), state)
-            # A point that leaves the picture in good order is followed beyond its border.
-            position = np.where((alive & (sure | ~within))[:, None], moved, position)
-            alive &= sure & within
-            positions.append(position)
-            states.append(state)
-        path = resize_points(np.stack(positions, axis=1), size, (height, width))
-        return Tracks(path, np.stack(states, axis=1))
+        def step(i: int, start: Float[np.ndarray, "k 2"]) -> tuple[np.ndarray, np.ndarray]:
+            before, after = pictures[i - 1], pictures[i]
+            moved = lucas_kanade(before, after, start, start, self.window, self.levels)
+            return moved, lucas_kanade(after, before, moved, start, self.window, self.levels)
+
+        tracks = follow_while_sure(
+            pictures, position, step, self.window, self.max_round_trip * factor, self.min_similarity
+        )
+        return tracks.resize(size, (height, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +113,7 @@ class DISFlow:
 
     @property
     def name(self) -> str:
-        return f"opencv-dis-{self.preset}"
+        return f"opencv-dis-{self.preset}-1 (opencv {cv2.__version__})"
 
     def estimate(self, video: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t h w 2"]:
         """See `FlowEstimator`.
@@ -131,7 +121,7 @@ class DISFlow:
         Raises:
           ValueError: the video is not uint8 [t h w 3].
         """
-        _check_video(video)
+        check_video(video)
         frames, height, width = video.shape[:3]
         # DIS matches patches of 8 pixels on a pyramid and fails on pictures that have no room for
         # it; those continue outwards.
@@ -167,7 +157,7 @@ def detect_keypoints(
       min_distance: in pixels between two of them; None: such that `count` of them would cover a
         quarter of the picture evenly, at least 1.
     """
-    _check_video(frame[None])
+    check_video(frame[None])
     height, width = frame.shape[:2]
     if min_distance is None:
         min_distance = max(1.0, 0.5 * (height * width / max(count, 1)) ** 0.5)
@@ -179,6 +169,47 @@ def detect_keypoints(
 
 
 # Parts that other trackers share.
+
+
+def follow_while_sure(
+    pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
+    points: Float[np.ndarray, "k 2"],
+    step: Callable[[int, Float[np.ndarray, "k 2"]], tuple[np.ndarray, np.ndarray]],
+    window: int,
+    max_round_trip: float,
+    min_similarity: float,
+) -> Tracks:
+    """Follows points from picture to picture and gives each up for good once it is unsure.
+
+    Args:
+      pictures: of one size.
+      points: (x, y) in the first.
+      step: given i and points of picture i-1, where they are in picture i, and where those lead
+        back to in picture i-1.
+      window: side in pixels of the patches that must look alike.
+      max_round_trip: pixels by which tracking back may miss the start.
+      min_similarity: least normalised cross-correlation of the patches.
+    """
+    size = pictures[0].shape[:2]
+    position = points
+    alive = inside(position, *size)
+    state = np.where(alive, TrackState.VISIBLE, TrackState.OUTSIDE)
+    positions, states = [position], [state]
+    for i, (before, after) in enumerate(zip(pictures, pictures[1:], strict=False), 1):
+        moved, back = step(i, position)
+        sure = np.linalg.norm(back - position, axis=-1) <= max_round_trip
+        sure &= _similarity(before, after, position, moved, window) >= min_similarity
+        within = inside(moved, *size)
+        # Half a patch from the border, a lost point most likely went out.
+        leaving = ~within | ~inside(moved + window / 2 * np.sign(moved - position), *size)
+        lost = np.where(leaving, TrackState.OUTSIDE, TrackState.OCCLUDED)
+        state = np.where(alive, np.where(sure & within, TrackState.VISIBLE, lost), state)
+        # A point that leaves the picture in good order is followed beyond its border.
+        position = np.where((alive & (sure | ~within))[:, None], moved, position)
+        alive &= sure & within
+        positions.append(position)
+        states.append(state)
+    return Tracks(np.stack(positions, axis=1), np.stack(states, axis=1))
 
 
 def lucas_kanade(
@@ -214,6 +245,11 @@ def lucas_kanade(
     return np.where(sane.all(axis=-1, keepdims=True), found, guess).astype(np.float64)
 
 
+def enlargement(height: int, width: int) -> int:
+    """The factor by which the short side becomes at least 192 pixels, at most 4."""
+    return min(4, max(1, -(-192 // min(height, width))))
+
+
 def enlarge(frame: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "H W 3"]:
     if factor == 1:
         return np.ascontiguousarray(frame)
@@ -239,14 +275,15 @@ def sample_patches(
 
 def check_track_inputs(video: np.ndarray, points: np.ndarray) -> Float[np.ndarray, "k 2"]:
     """The points as float64 [k 2]; raises ValueError if they or the video are not as promised."""
-    _check_video(video)
+    check_video(video)
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise ValueError(f"points to track are finite and [k 2], got shape {points.shape}")
     return points
 
 
-def _check_video(video: np.ndarray) -> None:
+def check_video(video: np.ndarray) -> None:
+    """Raises ValueError if it is no uint8 [t h w 3]."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
         raise ValueError(f"expected video uint8 [t h w 3], got {video.dtype} {video.shape}")
 
