@@ -98,7 +98,7 @@ def test_the_loader_reads_the_videos_that_the_records_are_of(config, tmp_path):
     assert source_videos(root, config.clips) == [root / "2"]
 
 
-def test_preparation_is_measured(tmp_path):
+def test_preparation_is_measured(tmp_path, capsys):
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (12, 16, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     moving = np.stack([np.roll(picture, 3 * t, 1) for t in range(12)])
@@ -107,8 +107,11 @@ def test_preparation_is_measured(tmp_path):
     options = bench.ClipOptions(height=64, width=64, frames=8)
     counts = bench.time_preparation(tmp_path / "videos", tmp_path / "out", options)
     assert (counts["inputs"], counts["records"]) == (2, 1)
-    assert counts["inputs_per_core"] == 2 * counts["records_per_core"] == 2 / counts["cpu"]
+    stages = sum(counts["seconds_by_stage"].values())
+    assert counts["clips_per_core"] == counts["clips"] / stages > 0
+    assert counts["cpu"] > 0 and counts["bytes_per_record"] == counts["bytes"]
     bench.print_preparation(counts)
+    assert "kB a record" in capsys.readouterr().out
 
 
 def test_a_long_run_compiles_once_and_watches_memory(config):
