@@ -54,6 +54,7 @@ class Batches(Iterator[Batch]):
         `start_index=next_index` goes on exactly here. What was made ahead does not count.
       fingerprint: of the records that are read, "" for none. Element i is the same only while this
         is: keep it beside `next_index`.
+      encoders: with precomputed latents, what each folder's were made with (its manifest's entry).
       num_replaced: elements, of those drawn, whose record could not be read and was replaced;
         counted on this host.
     """
@@ -101,6 +102,7 @@ class Batches(Iterator[Batch]):
         self._replaced: dict[Damaged, None] = {}  # in the order in which they were met
         self.next_index = start
         self.fingerprint = elements.fingerprint
+        self.encoders = elements.encoders
         self.num_replaced = 0
 
     def __next__(self) -> Batch:
@@ -232,6 +234,7 @@ class _Elements:
         self._tokenize = load_tokenizer(config.tokenizer)
         self._mixture = mixture
         self.fingerprint = mixture.fingerprint
+        self.encoders = mixture.encoders if config.format == "latents" else []
 
     def __len__(self) -> int:
         return _ENDLESS

@@ -37,6 +37,7 @@ from nuwa_jax.training.curriculum import (
     stages_from_config,
 )
 from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
+from nuwa_jax.training.precomputed import check_encoders
 from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
@@ -186,6 +187,8 @@ class _Run:
                 "give another --workdir, or go on in the new ones with "
                 "--config.data.allow_changed_clips=true"
             )
+        if batches.encoders:
+            check_encoders(state.all_params(), batches.encoders)
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
 

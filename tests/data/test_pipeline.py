@@ -8,6 +8,7 @@ from prepared_clips import EXACT, SMALL, assert_equal, captions, joined, make_cl
 from nuwa_jax.data import mixture
 from nuwa_jax.data.config import DataConfig
 from nuwa_jax.data.pipeline import held_out_scene, make_batches
+from nuwa_jax.data.records import shard_name
 from nuwa_jax.data.scenes import HELD_OUT_SEED, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import encode_text
 from nuwa_jax.errors import UserError
@@ -227,7 +228,7 @@ def test_flow_of_clips_without_any_is_estimated(tmp_path):
 def test_damaged_record_is_replaced_by_its_neighbour_and_counted(tmp_path):
     folder = tmp_path / "clips"
     make_clips(folder, count=5)
-    shard = folder / "clips-0.array_record"
+    shard = folder / shard_name(0, 1)
     data = bytearray(shard.read_bytes())
     config = dataclasses.replace(SMALL, clips=str(folder), clips_weight=1.0, scenes_weight=0.0)
     data[40000:40064] = bytes(64)
@@ -251,7 +252,7 @@ def test_clips_that_do_not_fit_are_refused_at_once(tmp_path, clips):
     check("not a folder of prepared clips", dataclasses.replace(base, clips=str(tmp_path)))
     check("multiple", base, batch_size=3, num_shards=2)
     make_clips(tmp_path / "cut")
-    shard = tmp_path / "cut" / "clips-0.array_record"
+    shard = tmp_path / "cut" / shard_name(0, 1)
     shard.write_bytes(shard.read_bytes()[:-1])
     check("bytes", dataclasses.replace(base, clips=str(tmp_path / "cut")))
 
