@@ -29,7 +29,7 @@ from typing import Any
 import cv2
 from absl import flags
 
-from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.config import FORMATS, DataConfig
 from nuwa_jax.data.pipeline import make_batches
 from nuwa_jax.data.prepare import ClipOptions
 from nuwa_jax.data.records import RecordReader
@@ -93,7 +93,9 @@ def time_reading(
 ) -> Run:
     """Reads so many batches in a loop whose step takes `step_seconds` and leaves the host idle."""
     wall, cpu = time.perf_counter(), cpu_seconds()
-    batches = make_batches(config, seed=seed, batch_size=batch_size, num_batches=num_batches)
+    batches = make_batches(
+        config, seed=seed, batch_size=batch_size, num_batches=num_batches, with_picture=False
+    )
     clips = size = 0
     waited = 0.0
     while True:
@@ -335,6 +337,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("workers", 0, "Processes that make batches.")
     flags.DEFINE_string("torch_python", "", "Python that has PyTorch, to compare with.")
     flags.DEFINE_enum("torch_decoder", "decord", ["decord", "torchcodec"], "What it decodes with.")
+    flags.DEFINE_enum("format", "video", FORMATS, "What of the records is read.")
     flags.DEFINE_integer("soak", 0, "Read so many batches onto the device instead.")
 
 
@@ -363,7 +366,8 @@ def main(argv: Sequence[str]) -> None:
             scenes_weight=0.0,
             threads=values.threads,
             workers=values.workers,
-            flip_probability=0.5,
+            format=values.format,
+            flip_probability=0.5 if values.format == "video" else 0.0,
         )
         if values.soak:
             seen = soak(config, values.soak, values.batch_size)

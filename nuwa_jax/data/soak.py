@@ -62,6 +62,7 @@ def soak(config: DataConfig, num_batches: int, batch_size: int) -> Soak:
         seed=0,
         batch_size=batch_size,
         with_flow=True,
+        with_picture=False,
         num_batches=num_batches,
         transfer=to_device,
     )
