@@ -312,6 +312,10 @@ def _similarity(
     """
     a = sample_patches(before.astype(np.float32), points, window // 2)
     b = sample_patches(after.astype(np.float32), moved, window // 2)
-    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
-    power = np.sqrt(((a**2).mean(axis=(1, 2)) + 1) * ((b**2).mean(axis=(1, 2)) + 1))
-    return (a * b).mean(axis=(1, 2)) / power
+    count = a.shape[1] * a.shape[2]
+    a -= np.einsum("kpc->kc", a)[:, None] / a.shape[1]
+    b -= np.einsum("kpc->kc", b)[:, None] / b.shape[1]
+    power_a, power_b, product = (
+        np.einsum("kpc,kpc->k", x, y) / count for x, y in ((a, a), (b, b), (a, b))
+    )
+    return product / np.sqrt((power_a + 1) * (power_b + 1))
