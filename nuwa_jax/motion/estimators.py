@@ -196,17 +196,20 @@ def follow_while_sure(
     state = np.where(alive, TrackState.VISIBLE, TrackState.OUTSIDE)
     positions, states = [position], [state]
     for i, (before, after) in enumerate(zip(pictures, pictures[1:], strict=False), 1):
-        moved, back = step(i, position)
-        sure = np.linalg.norm(back - position, axis=-1) <= max_round_trip
-        sure &= _similarity(before, after, position, moved, window) >= min_similarity
+        rows = np.flatnonzero(alive)  # what is lost stays lost: nothing is spent on it
+        start = position[rows]
+        moved, back = step(i, start)
+        sure = np.linalg.norm(back - start, axis=-1) <= max_round_trip
+        sure &= _similarity(before, after, start, moved, window) >= min_similarity
         within = inside(moved, *size)
         # Half a patch from the border, a lost point most likely went out.
-        leaving = ~within | ~inside(moved + window / 2 * np.sign(moved - position), *size)
+        leaving = ~within | ~inside(moved + window / 2 * np.sign(moved - start), *size)
         lost = np.where(leaving, TrackState.OUTSIDE, TrackState.OCCLUDED)
-        state = np.where(alive, np.where(sure & within, TrackState.VISIBLE, lost), state)
         # A point that leaves the picture in good order is followed beyond its border.
-        position = np.where((alive & (sure | ~within))[:, None], moved, position)
-        alive &= sure & within
+        position, state, alive = position.copy(), state.copy(), alive.copy()
+        position[rows] = np.where((sure | ~within)[:, None], moved, start)
+        state[rows] = np.where(sure & within, TrackState.VISIBLE, lost)
+        alive[rows] = sure & within
         positions.append(position)
         states.append(state)
     return Tracks(np.stack(positions, axis=1), np.stack(states, axis=1))
@@ -260,17 +263,25 @@ def sample_patches(
     image: Float[np.ndarray, "h w c"], centres: Float[np.ndarray, "*n 2"], radius: int
 ) -> Float[np.ndarray, "*n p c"]:
     """The (2 radius + 1)^2 pixels about each centre, bilinear, borders continued outwards."""
-    axis = np.arange(-radius, radius + 1)
+    centres = np.asarray(centres, np.float32)
+    axis = np.arange(-radius, radius + 1, dtype=np.float32)
     offsets = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    height, width = image.shape[:2]
-    x, y = np.moveaxis(np.asarray(centres)[..., None, :] + offsets, -1, 0)
-    x, y = np.clip(x, 0, width - 1), np.clip(y, 0, height - 1)
-    x0, y0 = x.astype(int), y.astype(int)
-    x1, y1 = np.minimum(x0 + 1, width - 1), np.minimum(y0 + 1, height - 1)
-    wx, wy = (x - x0)[..., None].astype(np.float32), (y - y0)[..., None].astype(np.float32)
-    top = image[y0, x0] * (1 - wx) + image[y0, x1] * wx
-    bottom = image[y1, x0] * (1 - wx) + image[y1, x1] * wx
-    return top * (1 - wy) + bottom * wy
+    places = (centres[..., None, :] + offsets).reshape(-1, len(offsets), 2)
+    shape = (*centres.shape[:-1], len(offsets), image.shape[-1])
+    if not len(places):
+        return np.zeros(shape, np.float32)
+    if shape[-1] == 2:  # of these OpenCV 5 samples places rounded to 1/32 pixel, of others not
+        image = np.concatenate([image, np.zeros_like(image[..., :1])], axis=-1)
+    # OpenCV's maps have fewer than 2^15 rows.
+    sampled = [
+        cv2.remap(image, places[i : i + 30000], None, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE)
+        for i in range(0, len(places), 30000)
+    ]
+    return (
+        np.concatenate(sampled)
+        .reshape(len(places), len(offsets), -1)[..., : shape[-1]]
+        .reshape(shape)
+    )
 
 
 def check_track_inputs(video: np.ndarray, points: np.ndarray) -> Float[np.ndarray, "k 2"]:
@@ -301,6 +312,10 @@ def _similarity(
     """
     a = sample_patches(before.astype(np.float32), points, window // 2)
     b = sample_patches(after.astype(np.float32), moved, window // 2)
-    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
-    power = np.sqrt(((a**2).mean(axis=(1, 2)) + 1) * ((b**2).mean(axis=(1, 2)) + 1))
-    return (a * b).mean(axis=(1, 2)) / power
+    count = a.shape[1] * a.shape[2]
+    a -= np.einsum("kpc->kc", a)[:, None] / a.shape[1]
+    b -= np.einsum("kpc->kc", b)[:, None] / b.shape[1]
+    power_a, power_b, product = (
+        np.einsum("kpc,kpc->k", x, y) / count for x, y in ((a, a), (b, b), (a, b))
+    )
+    return product / np.sqrt((power_a + 1) * (power_b + 1))

@@ -1,8 +1,14 @@
 import cv2
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 
-from nuwa_jax.motion.estimators import DISFlow, LucasKanadeTracker, detect_keypoints
+from nuwa_jax.motion.estimators import (
+    DISFlow,
+    LucasKanadeTracker,
+    detect_keypoints,
+    sample_patches,
+)
 from nuwa_jax.motion.persistent_tracker import PersistentTracker
 from nuwa_jax.motion.tracks import TrackState
 
@@ -158,3 +164,26 @@ def test_keypoints_are_few_apart_and_on_texture():
     gaps = np.linalg.norm(points[:, None] - points, axis=-1) + 1e3 * np.eye(len(points))
     assert gaps.min() >= 4
     assert detect_keypoints(np.zeros((20, 30, 3), np.uint8), 5).shape == (0, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("radius", [0, 2])
+def test_patches_are_sampled_bilinearly_with_borders_continued(channels, radius):
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 255, (11, 16, channels)).astype(np.float32)
+    centres = rng.uniform([-4, -4], [19, 14], (5, 3, 2))
+    side = np.arange(-radius, radius + 1)
+    y, x = np.meshgrid(side, side, indexing="ij")
+    places = centres[..., None, :] + np.stack([x.ravel(), y.ravel()], axis=-1)
+    coordinates = places[..., ::-1].reshape(-1, 2).T
+    expected = np.stack(
+        [
+            map_coordinates(image[..., c], coordinates, order=1, mode="nearest")
+            for c in range(channels)
+        ],
+        axis=-1,
+    )
+    sampled = sample_patches(image, centres, radius)
+    assert sampled.shape == (5, 3, side.size**2, channels)
+    np.testing.assert_allclose(sampled.reshape(-1, channels), expected, atol=2e-3)
+    assert sample_patches(image, centres[:0], radius).shape == (0, 3, side.size**2, channels)
