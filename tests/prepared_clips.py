@@ -20,7 +20,8 @@ from nuwa_jax.data.records import (
 )
 from nuwa_jax.data.scenes import SceneConfig, render_scene
 from nuwa_jax.data.video import encode_video
-from nuwa_jax.motion.tracks import PerturbConfig, SamplerConfig
+from nuwa_jax.motion.perturbation import PerturbConfig
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 EXACT = PerturbConfig(jitter=0.0, tail_dropout=0.0, subsample_probability=0.0)
 SMALL = DataConfig(

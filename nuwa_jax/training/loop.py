@@ -177,7 +177,7 @@ class _Run:
             window=meta.window,
             write=self.main,
         )
-        batches = self._batches(stage, meta.position)
+        batches = self._batches(stage, meta.position, position)
         if meta.step and batches.fingerprint != meta.clips and not self.data.allow_changed_clips:
             batches.close()
             folders = ", ".join(s.path for s in self.data.mixed_sources() if s.path) or "none"
@@ -237,7 +237,7 @@ class _Run:
                 checkpoints.save(state, meta)
         return meta, state.all_ema()
 
-    def _batches(self, stage: Stage, position: int) -> Batches:
+    def _batches(self, stage: Stage, position: int, stage_start: int) -> Batches:
         model = self.model
         return make_batches(
             self.data,
@@ -247,13 +247,14 @@ class _Run:
             shard=jax.process_index(),
             num_shards=jax.process_count(),
             with_flow=stage.needs_flow,
+            schedule_start=stage_start,
             with_picture=bool(model.image_encoder or model.augmentation),
             transfer=to_device,
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
         """Gives latents zero mean and unit deviation per channel, over the data's first batches."""
-        with closing(self._batches(stage, 0)) as batches:
+        with closing(self._batches(stage, 0, 0)) as batches:
             videos = [next(batches).video for _ in range(self.config.train.calibration_batches)]
         latents = calibrate_latents(self.model, state.all_ema(), videos)
         return state._replace(frozen={**state.frozen, LATENTS: latents})

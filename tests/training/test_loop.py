@@ -210,6 +210,27 @@ def test_elements_are_never_seen_twice_in_a_run(tmp_path, monkeypatch):
     assert starts == [(0, 2), (12, 3), (30, 2)]
 
 
+def test_schedules_begin_with_their_stage_also_where_a_run_goes_on(tmp_path, monkeypatch):
+    starts = []
+
+    def spy(config, **kwargs):
+        starts.append((kwargs["start_index"], kwargs["schedule_start"]))
+
+        def draw(batches, count):
+            if len(starts) == 2 and count == 5:
+                raise KeyboardInterrupt
+            return next(batches)
+
+        return Watched(make_batches(config, **kwargs), draw)
+
+    config = short_config("text_to_video", "drag")
+    monkeypatch.setattr("nuwa_jax.training.loop.make_batches", spy)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path)
+    train(config, tmp_path)
+    assert starts == [(0, 0), (12, 12), (18, 12)]
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(tmp_path, monkeypatch):
     def draw(batches, _):
         return (batch := next(batches))._replace(points=np.full_like(batch.points, np.nan))
