@@ -32,13 +32,16 @@ from nuwa_jax.data.scenes import Scene, SceneConfig, render_scene
 from nuwa_jax.data.video import VideoError, read_video
 from nuwa_jax.data.webvid import REJECTS
 from nuwa_jax.errors import UserError, run_main
+from nuwa_jax.motion.camera_motion import UNCLEAR, CameraConfig, group_tracks
 from nuwa_jax.motion.drag_synthesis import Drags, DragSynthesis, synthesise_drags
 from nuwa_jax.motion.drawing import colour_flow, draw_drags, draw_tracks
 from nuwa_jax.motion.estimators import DISFlow
 from nuwa_jax.motion.schedules import at_step, build_config
 from nuwa_jax.motion.tracks import Tracks
+from nuwa_jax.motion.trajectory_samplers import BACKGROUND
 
 _EXAMPLES = 4  # of each reason for a reject
+_NUMBERED = 24  # drags at most; the numbers of more would hide what they number
 _SIDE = 192  # the shorter side of a picture is enlarged to at least about this many pixels
 
 
@@ -215,7 +218,7 @@ def _inspect(
             camera=synthesis.camera,
         )
         if index in shown:
-            card = _card(clip, drags)
+            card = _card(clip, drags, synthesis.camera)
             if card.fault:
                 damaged.append((clip.name, card.fault))
             cards.append(card)
@@ -227,7 +230,8 @@ def _inspect(
     }
     at = f" at step {options.step}" if synthesis is not options.synthesis else ""
     notes = [
-        f"{note}; {len(cards)} are shown, {len(damaged)} damaged. Seed {options.seed}.",
+        f"{note}; {len(cards)} are shown, and only their videos are decoded; {len(damaged)} are "
+        f"damaged. Seed {options.seed}.",
         f"Drags are made by {options.config_name}{at} (sampler {synthesis.sampler.kind!r}), at the "
         "size of the clips.",
     ]
@@ -274,11 +278,14 @@ def _clip_of_scene(scene: Scene) -> Clip:
     )
 
 
-def _card(clip: Clip, drags: Drags) -> Card:
+def _card(clip: Clip, drags: Drags, camera: CameraConfig) -> Card:
     tracks = clip.tracks
+    groups = group_tracks(tracks, clip.height, clip.width, camera)
     facts = (
         f"{clip.width}x{clip.height}, {tracks.num_frames} frames at {clip.fps:.4g} fps, "
-        f"{tracks.num_tracks} tracks, {clip.facts}"
+        f"{tracks.num_tracks} tracks; by their motion {(groups == BACKGROUND).sum()} of the "
+        f"background, {(groups > BACKGROUND).sum()} of {max(groups.max(initial=0), 0)} objects, "
+        f"{(groups == UNCLEAR).sum()} of neither; {clip.facts}"
     )
     try:
         video = clip.load()
@@ -289,9 +296,10 @@ def _card(clip: Clip, drags: Drags) -> Card:
     of_camera = int(drags.camera.sum())
     title = f"{drags.tracks.num_tracks} drags, on: {drags.on}"
     title += f", {of_camera} of the camera" if of_camera else ""
+    few = drags.tracks.num_tracks <= _NUMBERED
     pictures = [
         ("tracks and their states", animation(frames, clip.fps)),
-        (title, still(draw_drags(video[0], drags.tracks, scale=scale))),
+        (title, still(draw_drags(video[0], drags.tracks, scale=scale, numbers=few))),
     ]
     if len(video) > 1:
         pictures.append(_flow_picture(clip, video))

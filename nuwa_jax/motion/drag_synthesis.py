@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from nuwa_jax.motion.camera_motion import CameraConfig, group_tracks
 from nuwa_jax.motion.perturbation import PerturbConfig, perturb_tracks
@@ -128,12 +128,16 @@ def synthesise_drags(
     frequency = config.drags_on
     total = frequency.object + frequency.camera + frequency.both
     drawn = rng.random()
-    moving = net_displacement(tracks) >= config.sampler.min_motion
+    displacement = net_displacement(tracks)
+    moving = displacement >= config.sampler.min_motion
     # What comes first is drawn most often without telling camera and objects apart.
     unconditional = drawn * total < frequency.both and moving.any()
     if groups is None and (_needs_groups(config.sampler) or not unconditional):
         groups = group_tracks(tracks, height, width, config.camera)
-    on = "both" if unconditional else _draw_part(drawn, moving, groups, frequency)
+    if unconditional:
+        on = "both"
+    else:
+        on = _draw_part(drawn, displacement, config.sampler.min_motion, groups, frequency)
     kept = np.arange(tracks.num_tracks)
     if on == "camera":
         kept = np.flatnonzero(groups == BACKGROUND)
@@ -153,14 +157,17 @@ def synthesise_drags(
 
 def _draw_part(
     drawn: float,
-    moving: Bool[np.ndarray, " k"],
+    displacement: Float[np.ndarray, " k"],
+    least: float,
     groups: Int[np.ndarray, " k"],
     frequency: DragsOn,
 ) -> str:
     """What `drawn`, in [0, 1), stands for among what the clip has."""
+    moving, background = displacement >= least, groups == BACKGROUND
     has = {
         "both": moving.any(),
-        "camera": (moving & (groups == BACKGROUND)).any(),
+        # On the whole: of many tracks on a still background, one or the other is wrong.
+        "camera": background.any() and displacement[background].mean() >= least,
         "object": (moving & (groups > BACKGROUND)).any(),
     }
     weights = {part: getattr(frequency, part) * bool(there) for part, there in has.items()}

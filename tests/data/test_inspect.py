@@ -154,12 +154,24 @@ def test_what_was_prepared_and_what_was_refused_is_told(page):
         "10 rejects",
         "2 lines of it cannot be read",
         "clip<3>",
-        f"52x36, 5 frames at 10 fps, {render_scene(0, SCENES).tracks.num_tracks} tracks",
+        f"52x36, 5 frames at 10 fps, {render_scene(0, SCENES).tracks.num_tracks} tracks; by their",
         "at <5>",
     ):
         assert words in parsed.words, words
     assert parsed.words.count("r9") == 1
     assert sum(f"r{i} " in parsed.words for i in range(9)) == 4  # examples, not all
+
+
+def test_background_and_objects_of_a_clip_are_counted(page):
+    found = re.findall(
+        r"(\d+) tracks; by their motion (\d+) of the background, (\d+) of (\d+) objects, "
+        r"(\d+) of neither",
+        Page(page[0]).words,
+    )
+    assert len(found) == 4
+    for tracks, background, grouped, objects, neither in (map(int, each) for each in found):
+        assert tracks == background + grouped + neither
+        assert background >= 10 and (grouped >= 3) == (objects >= 1)
 
 
 def test_texts_are_escaped(page):

@@ -64,6 +64,10 @@ def test_both_and_frequencies():
 def test_what_a_clip_does_not_have_is_not_drawn():
     still_camera, only_camera = clip(camera=(0.0, 0.0)), clip(own=(0.0, 0.0))
     assert {synthesise(still_camera, (1, 3, 0), seed).on for seed in range(20)} == {"object"}
+    points = still_camera[0].points.copy()
+    points[3, 2:] += 3.0  # a tracker's error is no motion of the camera
+    shaken = Tracks(points, still_camera[0].state), still_camera[1]
+    assert {synthesise(shaken, (1, 3, 0), seed).on for seed in range(20)} == {"object"}
     for known in (True, False):
         tracks, groups = only_camera
         alone = (tracks, np.zeros_like(groups))
