@@ -383,7 +383,8 @@ def _attend_to(query: Array, key: Array, values: Array) -> Float[Array, "b h w 2
     """Attention of all positions to all, with two channels of values."""
     height = query.shape[1]
     # Attention wants values as wide as keys.
-    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - values.shape[-1])))
+    missing = key.shape[-1] - values.shape[-1]
+    values = jnp.pad(values.astype(key.dtype), ((0, 0), (0, 0), (0, 0), (0, missing)))
     flat = (rearrange(x, "b h w c -> b (h w) 1 c") for x in (query, key, values))
     out = dot_product_attention(*flat)[..., 0, :2]
     return rearrange(out, "b (h w) k -> b h w k", h=height)
