@@ -42,19 +42,19 @@ def _lk_dis(weights: str) -> Estimators:
 
 
 def _gmflow(weights: str) -> Estimators:
-    from nuwa_jax.estimation.gmflow import FlowTracker, GMFlowEstimator
-
     if not weights:
         raise UserError("gmflow needs its weights: give the file that nuwa_jax.convert made")
+    from nuwa_jax.estimation.gmflow import FlowTracker, GMFlowEstimator
+
     flow = GMFlowEstimator(weights)
     return Estimators(FlowTracker(flow), flow)
 
 
 def _tapir(weights: str) -> Estimators:
-    from nuwa_jax.estimation.tapir import TapirTracker
-
     if not weights:
         raise UserError("tapir needs its weights: give the checkpoint (.npy) that tapnet publishes")
+    from nuwa_jax.estimation.tapir import TapirTracker
+
     return Estimators(TapirTracker(weights), DISFlow())
 
 

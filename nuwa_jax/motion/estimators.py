@@ -56,7 +56,7 @@ class LucasKanadeTracker:
     Attributes:
       window: side in pixels of the patch that is matched, on the enlarged copy. A larger one sees
         more of what moves otherwise: on procedural scenes of 256 x 256 pixels 15 instead of 13
-        leaves a third more of the surviving tracks astray. A smaller one loses fast points in noise.
+        leaves a third more of the surviving tracks astray. A smaller one loses fast points.
       levels: halvings of the picture, so that motion larger than the window is found.
       max_round_trip: pixels by which tracking back may miss the start (0.5 as in BackFlow checks).
       min_similarity: least normalised cross-correlation of the patches of successive frames.
