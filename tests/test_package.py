@@ -35,8 +35,11 @@ MAY_IMPORT = {
 # Programs that look up by name what stands above them, and import it only then.
 LOOKS_UP = {"data/shards.py": {"estimation"}}
 # The host's side of the package: these must work, and start fast, in processes without JAX.
-WITHOUT_JAX = ("data", "motion")
-JAX_ALLOWED = {"data/device.py", "data/soak.py", "motion/raster.py", "motion/flow_ops.py"}
+WITHOUT_JAX = ("data", "motion", "estimation")
+JAX_ALLOWED = {
+    *("data/device.py", "data/soak.py", "motion/raster.py", "motion/flow_ops.py"),
+    *("estimation/gmflow.py", "estimation/tapir.py"),
+}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Reads the files of another framework, where that is installed; is measured against in its own
 # interpreter.

@@ -171,10 +171,9 @@ def finish(job: Job, runner: Runner, limits: Limits = Limits()) -> dict[str, Any
     again = [index for index, removed in enumerate(removals) if unseal(job, index, removed)]
     if again:
         runner.write(job, again)
-    rejects = _rejects(job, removals)
+    inputs, rejects, made_by = _outcome(job, removals)
     lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
     out.write_text(REJECTS, lines)
-    inputs = sum(read_stats(job, index)["inputs"] for index in range(job.num_shards))
     _check_limits(inputs, rejects, limits, f"{out.url}/{REJECTS}")
     runner.seal(job, list(enumerate(removals)))
     shards = list(sealed_shards(job))
@@ -187,12 +186,7 @@ def finish(job: Job, runner: Runner, limits: Limits = Limits()) -> dict[str, Any
         "rejects": len(rejects),
         "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
     }
-    stats = [read_stats(job, index) for index in range(job.num_shards)]
-    made = sum(len(each["clips"]) for each in stats) + sum(len(each["rejects"]) for each in stats)
-    if made != inputs:
-        raise RuntimeError(f"inputs were lost or counted twice: {made} of {inputs}")
     filled = [shard for shard in shards if shard["records"]]
-    made_by = next(each for each in stats if each["clips"])
     manifest = {
         "format": FORMAT,
         "version": SCHEMA_VERSION,
@@ -203,8 +197,7 @@ def finish(job: Job, runner: Runner, limits: Limits = Limits()) -> dict[str, Any
         "max_frames": max(shard["max_frames"] for shard in filled),
         "estimator": job.estimator,
         "estimator_weights": job.weights_hash(),
-        "tracker": made_by["tracker"],
-        "flow": made_by["flow"],
+        **made_by,
         "encoders": {},
         "layout": job.layout,
         "options": dataclasses.asdict(job.options),
@@ -254,17 +247,30 @@ def _check_out(job: Job, plan: Mapping[str, Any], overwrite: bool) -> None:
         )
 
 
-def _rejects(job: Job, removals: Sequence[Sequence[tuple[int, str]]]) -> list[dict[str, str]]:
-    """Every input without a record, in the order of the list."""
-    rejects = []
+def _outcome(
+    job: Job, removals: Sequence[Sequence[tuple[int, str]]]
+) -> tuple[int, list[dict[str, str]], dict[str, str]]:
+    """How many inputs there were, those without a record in the order of the list, and by whom.
+
+    Raises:
+      RuntimeError: an input is in none of records and rejects, or in both.
+    """
+    inputs, rejects, made_by = 0, [], {}
     for index, removed in enumerate(removals):
         stats = read_stats(job, index)
+        ends = [each["position"] for each in stats["clips"] + stats["rejects"]]
+        if len(ends) != stats["inputs"] or len(set(ends)) != len(ends):
+            raise RuntimeError(f"inputs of {stats['name']} were lost or counted twice")
+        inputs += len(ends)
         rejects += stats["rejects"]
         for clip, detail in removed:
             entry = {key: stats["clips"][clip][key] for key in ("id", "path", "position")}
             rejects.append(entry | {"reason": "duplicate", "detail": detail})
+        if stats["clips"]:
+            made_by = {key: stats[key] for key in ("tracker", "flow")}
     rejects.sort(key=lambda reject: reject["position"])
-    return [{key: reject[key] for key in ("id", "path", "reason", "detail")} for reject in rejects]
+    keys = ("id", "path", "reason", "detail")
+    return inputs, [{key: reject[key] for key in keys} for reject in rejects], made_by
 
 
 def _check_limits(

@@ -28,8 +28,8 @@ class TrackCounts:
     pixels of a clip resized to 256 x 256. To be alive is to be called visible in the last frame.
 
     Attributes:
-      queries, alive, close: points; those alive; those alive and in truth visible and within 4
-        pixels in every frame.
+      queries, alive, close: points; those alive; those of them that in every frame in which they
+        are called visible are so in truth, and within 4 pixels.
       lasting: points that in truth are visible in every frame: what a tracker that never finds a
         point again can at most keep.
       moving_alive, moving_close: the same of points that in truth move by 4 pixels or more.
@@ -69,7 +69,8 @@ def count_tracks(
     scale = REFERENCE_SIDE / np.array(size[::-1])
     error = np.linalg.norm((estimate.points - truth.points) * scale, axis=-1)
     alive = estimate.visible[:, -1]
-    close = alive & (truth.visible & (error <= CLOSE)).all(axis=1)
+    right = truth.visible & (error <= CLOSE)
+    close = alive & (right | ~estimate.visible).all(axis=1)
     way = np.linalg.norm((truth.points - truth.points[:, :1]) * scale, axis=-1)
     moving = np.where(truth.visible, way, 0).max(axis=1, initial=0) >= CLOSE
     states = np.zeros((4, 4), int)
@@ -96,9 +97,10 @@ def track_scores(clips: Sequence[TrackCounts]) -> dict[str, Any]:
     """Shares over all points of all clips; None where there was nothing to divide by.
 
     `survival` of `queries` are alive in the last frame, where `visible_throughout` could be;
-    `ok4` of those are close to the truth in every frame, `ok4_moving` of those that move. A frame
-    counts as hidden if the point is occluded or outside: `occlusion_recall` is the share of truly
-    hidden frames that were told, `occlusion_precision` the share of those told that are hidden.
+    `ok4` of those are right in every frame in which they are called visible (every frame, where a
+    tracker never finds a point again), `ok4_moving` of those that move. A frame counts as hidden if
+    the point is occluded or outside: `occlusion_recall` is the share of truly hidden frames that
+    were told, `occlusion_precision` the share of those told that are hidden.
     """
     total = {
         field.name: sum(getattr(clip, field.name) for clip in clips)

@@ -24,7 +24,7 @@ def load_estimators(name: str = "lk_dis", weights: str = "") -> Estimators:
 
     Args:
       name: one of `BACKENDS`. `lk_dis`: OpenCV's Lucas-Kanade and DIS, which need no weights.
-        `gmflow`: GMFlow, and tracks along its flow.
+        `gmflow`: GMFlow, and tracks along its flow. `tapir`: TAPIR or BootsTAPIR, and DIS.
       weights: path of its weights, where it has any.
 
     Raises:
@@ -42,12 +42,24 @@ def _lk_dis(weights: str) -> Estimators:
 
 
 def _gmflow(weights: str) -> Estimators:
-    from nuwa_jax.estimation.gmflow import FlowTracker, GMFlowEstimator
-
     if not weights:
         raise UserError("gmflow needs its weights: give the file that nuwa_jax.convert made")
+    from nuwa_jax.estimation.gmflow import FlowTracker, GMFlowEstimator
+
     flow = GMFlowEstimator(weights)
     return Estimators(FlowTracker(flow), flow)
 
 
-BACKENDS: dict[str, Callable[[str], Estimators]] = {"lk_dis": _lk_dis, "gmflow": _gmflow}
+def _tapir(weights: str) -> Estimators:
+    if not weights:
+        raise UserError("tapir needs its weights: give the checkpoint (.npy) that tapnet publishes")
+    from nuwa_jax.estimation.tapir import TapirTracker
+
+    return Estimators(TapirTracker(weights), DISFlow())
+
+
+BACKENDS: dict[str, Callable[[str], Estimators]] = {
+    "lk_dis": _lk_dis,
+    "gmflow": _gmflow,
+    "tapir": _tapir,
+}

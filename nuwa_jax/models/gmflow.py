@@ -5,7 +5,7 @@ at 1/4 of the size and the same features at 1/8; a transformer that makes the fe
 pictures know of each other; all-to-all matching at 1/8, matching within a window at 1/4 of what the
 first left over; at either size the flow is spread to where matching fails by self-attention.
 
-The matrix of all-to-all matching has (h w / 64)^2 entries per pair, 33 MB at 320 x 576 and 680 MB
+The matrix of all-to-all matching has (h w / 64)^2 entries per pair, 33 MB at 320 x 576 and 870 MB
 at 720 x 1280. It is attention with positions for values, and goes through the one attention that
 never holds many scores at once. The window's scores take 81 numbers per position at 1/4, 3.7 MB.
 """
@@ -78,7 +78,7 @@ class GMFlow(nn.Module):
 
         Returns:
           The displacement from `before` to `after` at positions of `before`. If `bidirectional`,
-          n is 2 b and the second half is from `after` to `before`, at a third less than its price.
+          n is 2 b and the second half is from `after` to `before`; all at 1/8 is shared.
         """
         size = before.shape[1:3]
         with jax.default_matmul_precision("float32"):
@@ -383,7 +383,8 @@ def _attend_to(query: Array, key: Array, values: Array) -> Float[Array, "b h w 2
     """Attention of all positions to all, with two channels of values."""
     height = query.shape[1]
     # Attention wants values as wide as keys.
-    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - values.shape[-1])))
+    missing = key.shape[-1] - values.shape[-1]
+    values = jnp.pad(values.astype(key.dtype), ((0, 0), (0, 0), (0, 0), (0, missing)))
     flat = (rearrange(x, "b h w c -> b (h w) 1 c") for x in (query, key, values))
     out = dot_product_attention(*flat)[..., 0, :2]
     return rearrange(out, "b (h w) k -> b h w k", h=height)
