@@ -231,9 +231,10 @@ def _check_out(job: Job, plan: Mapping[str, Any], overwrite: bool) -> None:
     if not shards and manifest is None:
         return
     if overwrite:
-        for folder in (out, parts):
-            for name in folder.list(_SHARD_FILES):
-                folder.remove(name)
+        for folder, pattern in ((out, _SHARD_FILES), (parts, _SHARD_FILES), (out / PLAN, "*")):
+            for name in folder.list(pattern):
+                if not name.startswith("."):  # the new plan, which is being written
+                    folder.remove(name)
         return
     ours = {shard_name(index, job.num_shards) for index in range(job.num_shards)}
     others = [name for name in shards if not name.startswith(tuple(ours))]

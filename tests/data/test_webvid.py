@@ -231,6 +231,13 @@ def test_records_of_other_options_are_not_mixed(folder, tmp_path):
     assert RecordReader(out).read(0).height == 48
     prepare(tmp_path / "one.csv", folder, out, other, overwrite=True)
     assert RecordReader(out).read(0).height == 32
+    prepare(tmp_path / "one.csv", folder, out, other, overwrite=True, num_shards=2)
+    assert sorted(path.name for path in (out / "plan").iterdir()) == [
+        "inputs-00000-of-00002.jsonl",
+        "inputs-00001-of-00002.jsonl",
+        "plan.json",
+    ]
+    assert len(list(out.glob("clips-*"))) == 2
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(UserError, match="not of prepared clips"):
         prepare(tmp_path / "one.csv", folder, tmp_path, OPTIONS, overwrite=True)
