@@ -43,9 +43,10 @@ class GMFlowEstimator:
     Args:
       path: a file that `python -m nuwa_jax.convert --part=gmflow` wrote.
       batch: pairs of frames at a time, at most. Both ways, a pair of 320 x 576 takes 0.7 GB.
-      upsample: the factor to enlarge by, instead of the above. The weights at hand take motion below
-        some 3 pixels for none; 2 lowered the end-point error of slow 256 x 256 scenes from 1.8 to
-        0.3 and from 2.3 to 0.9, for four times the computing.
+      upsample: the factor to enlarge by, instead of the above. The weights at hand take motion of
+        less than some 3 pixels for none; 2 lowers the end-point error on Middlebury's RubberWhale
+        from 0.54 to 0.24 and on a pair of FlyingChairs from 1.05 to 0.36, for four times the
+        computing.
 
     Raises:
       UserError: it is not such a file.
