@@ -75,8 +75,16 @@ def base() -> ConfigDict:
     c.data.scenes_weight = 1.0
     c.data.clips = ""
     c.data.clips_weight = 0.0
+    c.data.sources = ()  # further ones: dict(kind="records", path="folder", weight=1.0), ...
+    c.data.format = "video"  # or "latents", where they were prepared
+    c.data.flip_probability = 0.0
+    c.data.flow_divisor = 1  # dense flow is sent at 1 / this of the size
     c.data.threads = 2
+    c.data.workers = 0  # processes that make batches; 0: threads of this one
     c.data.prefetch = 4
+    c.data.prefetch_to_device = 2
+    c.data.max_replaced_share = 0.01  # of unreadable records, before the run stops
+    c.data.allow_changed_clips = False
     c.data.scenes = ConfigDict()
     c.data.sampler = ConfigDict()
     c.data.perturb = ConfigDict()
@@ -126,6 +134,7 @@ def full_size() -> ConfigDict:
     c.data.height, c.data.width, c.data.frames = 320, 576, 14
     c.data.text_length = 256
     c.data.scenes_weight, c.data.clips_weight = 0.0, 1.0
+    c.data.flow_divisor = 4
     c.model.dtype = "bfloat16"
     c.model.autoencoder = ConfigDict()
     c.model.unet = ConfigDict(dict(remat=True))

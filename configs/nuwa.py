@@ -23,5 +23,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     c.model.text = ConfigDict(dict(channels=1024, layers=6, heads=16, max_length=256))
     c.model.autoencoder.scale = 1.0  # measured after the autoencoder stage
+    c.data.flip_probability = 0.5
     c.stages.drag.dense_to_sparse = (0.5, 0.0)
     return common.variant(c, arg, "configs/nuwa.py")

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo, dragnuwa_paper, dragnuwa_svd, nuwa, tiny
-from nuwa_jax.data.pipeline import DataConfig
+from nuwa_jax.data.config import DataConfig
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM
 from nuwa_jax.training.curriculum import partition_for, stages_from_config

@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 # The host's side of the package: these must work, and start fast, in processes without JAX.
 WITHOUT_JAX = ("data", "motion")
-JAX_ALLOWED = {"data/pipeline.py", "motion/raster.py", "motion/flow_ops.py"}
+JAX_ALLOWED = {"data/device.py", "motion/raster.py", "motion/flow_ops.py"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Reads the files of another framework, where that is installed.
 OTHER_ALLOWED = {"convert/torch_file.py"}

@@ -26,7 +26,16 @@ from absl import flags
 
 import nuwa_jax
 from nuwa_jax.data.prepare import ClipOptions, Rejected, make_records
-from nuwa_jax.data.records import FORMAT, MANIFEST, SCHEMA_VERSION, ShardWriter, hash_file
+from nuwa_jax.data.records import (
+    DATASET,
+    FORMAT,
+    MANIFEST,
+    SCHEMA_VERSION,
+    ShardWriter,
+    hash_file,
+    shard_name,
+    write_metadata,
+)
 from nuwa_jax.errors import UserError, run_main
 from nuwa_jax.motion.estimators import LucasKanadeTracker
 
@@ -34,8 +43,8 @@ COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv")
 REJECTS = "rejects.jsonl"
 
-_SHARD = "clips-{:05d}-of-{:05d}"
-_RECORDS, _STATS = ".array_record", ".json"
+# Everything that belongs to shards, of whatever run.
+_SHARD_FILES = f"{DATASET}-*-of-*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +170,8 @@ def write_shard(
     The unit of work on one machine or many: it depends on nothing but its arguments, writes under
     temporary names, and does nothing if the same shard is there already.
     """
-    name = _SHARD.format(index, count)
-    path, stats_path = out / (name + _RECORDS), out / (name + _STATS)
+    name = shard_name(index, count)
+    path, stats_path = out / name, out / f"{name}.json"
     mine = inputs[index::count]
     fingerprint = _fingerprint(mine, options)
     stats = _read_stats(stats_path)
@@ -242,14 +251,16 @@ def _fingerprint(inputs: Sequence[Input], options: ClipOptions) -> str:
 
 def _check_out(out: Path, fingerprint: str, num_shards: int, overwrite: bool) -> None:
     """Refuses to mix with records of something else; with `overwrite`, removes them."""
-    ours = {_SHARD.format(i, num_shards) for i in range(num_shards)}
-    others = [path for path in out.glob("clips-*-of-*.*") if path.stem not in ours]
+    ours = {shard_name(i, num_shards) for i in range(num_shards)}
+    others = [
+        path for path in out.glob(_SHARD_FILES) if path.name.removesuffix(".json") not in ours
+    ]
     old = _read_stats(out / MANIFEST)
     if (out / MANIFEST).exists() and (old is None or old.get("format") != FORMAT):
         raise UserError(f"{out / MANIFEST} is not of prepared clips: name another folder as --out")
     same = not others and (old is None or old["fingerprint"] == fingerprint)
     if overwrite:
-        for path in out.glob("clips-*-of-*.*"):
+        for path in out.glob(_SHARD_FILES):
             path.unlink()
     elif not same:
         raise UserError(
@@ -277,7 +288,7 @@ def _finish(
             f"{example['id']}: {example['detail']}): see {out / REJECTS}"
         )
     filled = [shard for shard in shards if shard["records"]]
-    packages = ("numpy", "opencv-python-headless", "av", "array-record", "msgpack")
+    packages = ("numpy", "opencv-python-headless", "av", "array-record", "tensorflow-datasets")
     manifest = {
         "format": FORMAT,
         "version": SCHEMA_VERSION,
@@ -287,6 +298,7 @@ def _finish(
         "min_frames": min(shard["min_frames"] for shard in filled),
         "max_frames": max(shard["max_frames"] for shard in filled),
         "tracker": filled[0]["tracker"],
+        "encoders": {},
         "options": dataclasses.asdict(options),
         "fingerprint": fingerprint,
         "versions": {"nuwa_jax": nuwa_jax.__version__}
@@ -295,6 +307,7 @@ def _finish(
             {key: shard[key] for key in ("name", "records", "bytes", "sha256")} for shard in shards
         ],
     }
+    write_metadata(out, manifest["shards"], "Clips with captions and point tracks.")
     _write_text(out / MANIFEST, json.dumps(manifest, indent=1))
     return counts
 

@@ -28,7 +28,8 @@ from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from nuwa_jax.data.pipeline import DataConfig, held_out_scene
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.pipeline import held_out_scene
 from nuwa_jax.data.scenes import Scene
 from nuwa_jax.data.video import write_video
 from nuwa_jax.diffusion.guidance import GuidanceScales

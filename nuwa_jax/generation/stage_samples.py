@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from nuwa_jax.data.pipeline import DataConfig, held_out_scene
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.pipeline import held_out_scene
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import Model
 from nuwa_jax.models.video_ldm import VideoLDM, to_float, to_uint8

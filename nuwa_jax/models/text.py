@@ -28,6 +28,13 @@ class TextEncoderConfig:
     stride: int = 4
 
 
+def token_mask(text: Int[Array, "b l"], stride: int) -> Bool[Array, "b l2"]:
+    """Which tokens of the context a caption has; the others are padding."""
+    text = jnp.pad(text, ((0, 0), (0, -text.shape[1] % stride)))
+    # The first token always exists: an empty caption is one "nothing said" token.
+    return jnp.any(text.reshape(len(text), -1, stride) != 0, axis=-1).at[:, 0].set(True)
+
+
 class TextEncoder(nn.Module):
     """Bytes to tokens for cross-attention; also says which tokens are padding."""
 
@@ -45,10 +52,9 @@ class TextEncoder(nn.Module):
                 f"text of {length} bytes, the encoder was built for {config.max_length}: "
                 "lower data.text_length or raise model.text.max_length"
             )
+        mask = token_mask(text, config.stride)
         text = jnp.pad(text, ((0, 0), (0, -length % config.stride)))
         tokens = text.shape[1] // config.stride
-        # The first token always exists: an empty caption is one "nothing said" token.
-        mask = jnp.any(text.reshape(-1, tokens, config.stride) != 0, axis=-1).at[:, 0].set(True)
         x = nn.Embed(VOCABULARY, config.channels, dtype=dtype, name="bytes")(text)
         x = x.reshape(-1, tokens, config.stride * config.channels)
         x = Dense(config.channels, dtype=dtype, name="merge")(x)

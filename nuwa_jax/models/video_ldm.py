@@ -18,7 +18,7 @@ from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, Dr
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowFeature, FlowHeads
 from nuwa_jax.models.layers import sinusoids
 from nuwa_jax.models.lora import init_lora
-from nuwa_jax.models.text import TextEncoder, TextEncoderConfig
+from nuwa_jax.models.text import TextEncoder, TextEncoderConfig, token_mask
 from nuwa_jax.models.unet import UNet, UNetConfig
 
 Params = dict[str, Any]
@@ -207,9 +207,17 @@ class VideoLDM:
         """Autoencoder's latents to the diffusion model's: `(z - mean) * scale`."""
         return (z - params["latents"]["mean"]) * params["latents"]["scale"]
 
+    def denormalize(self, params: Params, z: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """The inverse of `normalize`."""
+        return z / params["latents"]["scale"] + params["latents"]["mean"]
+
     def encode(self, params: Params, video: Float[Array, "b t H W 3"]) -> Float[Array, "b t h w c"]:
         """Normalised latents (the posterior's mean) of a video in [-1, 1]."""
         return self.normalize(params, self.posterior(params, video)[0])
+
+    def encode_text(self, params: Params, text: Int[Array, "b l"]) -> Float[Array, "b l2 c"]:
+        """The captions' features, as `condition` takes them for `text_embedding`."""
+        return self._text_context(params["text"], text, jnp.zeros((len(text),), bool), None)[0]
 
     def decode(
         self, params: Params, latents: Float[Array, "b t h w c"], frames_per_call: int = 0
@@ -223,7 +231,7 @@ class VideoLDM:
             which is smoothest. Fewer need less memory. DragNUWA 1.5 decodes 1 at a time, so that
             its decoder never smooths over frames.
         """
-        z = latents / params["latents"]["scale"] + params["latents"]["mean"]
+        z = self.denormalize(params, latents)
         t = z.shape[1]
         if not 0 < frames_per_call < t:
             return self.decode_raw(params, z)
@@ -255,6 +263,8 @@ class VideoLDM:
         fps: Float[Array, " b"] | None = None,
         noise: Float[Array, "b H W 3"] | None = None,
         drop: Drop | None = None,
+        image_latents: Float[Array, "b h w c"] | None = None,
+        text_embedding: Float[Array, "b l2 c"] | None = None,
     ) -> Condition:
         """Everything that does not depend on the noisy latents.
 
@@ -269,8 +279,12 @@ class VideoLDM:
           fps: frames per second; enters where the config's `vector` names it.
           noise: standard normal, for `augmentation`; without it nothing is added.
           drop: samples from which a condition is withheld.
+          image_latents: of the first frame, as `encode` gives them: in place of encoding `image`,
+            which is then needed for the image encoder alone. Not with `noise`, which is added to
+            the picture itself.
+          text_embedding: what the text encoder makes of `text`, in place of running it.
         """
-        given = [a for a in (image, text, flow, points, fps) if a is not None]
+        given = [a for a in (image, image_latents, text, flow, points, fps) if a is not None]
         if not given:
             raise ValueError("give at least one of image, text, flow, points, fps")
         b = given[0].shape[0]
@@ -279,14 +293,19 @@ class VideoLDM:
 
         first = jnp.zeros((b, h, w, c))
         has_image = jnp.zeros((b,))
-        if image is not None:
+        if image is not None or image_latents is not None:
             has_image = 1.0 - drop.image.astype(jnp.float32)
-            picture = image
-            if self.augmentation and noise is not None:
-                picture = image + self.augmentation * noise
-            first = self.posterior(params, picture[:, None])[0][:, 0]
-            if not self.image_concat_raw:
-                first = self.normalize(params, first)
+            if image_latents is not None:
+                first = image_latents
+                if self.image_concat_raw:
+                    first = self.denormalize(params, first)
+            else:
+                picture = image
+                if self.augmentation and noise is not None:
+                    picture = image + self.augmentation * noise
+                first = self.posterior(params, picture[:, None])[0][:, 0]
+                if not self.image_concat_raw:
+                    first = self.normalize(params, first)
             first = first * has_image[:, None, None, None]
         concat = None
         if self.image_concat:
@@ -299,7 +318,7 @@ class VideoLDM:
 
         context = mask = None
         if self.text is not None:
-            context, mask = self._text_context(params["text"], text, drop.text)
+            context, mask = self._text_context(params["text"], text, drop.text, text_embedding)
 
         if self.image_encoder is not None:
             embedding = jnp.zeros((b, self.image_encoder.projection))
@@ -357,9 +376,30 @@ class VideoLDM:
         return x / (s**2 + 1) - out * s * c_in
 
     def _text_context(
-        self, params: Params, text: Int[Array, "b l"] | None, dropped: Bool[Array, " b"]
-    ) -> tuple[Float[Array, "b l c"], Bool[Array, "b l"] | None]:
+        self,
+        params: Params,
+        text: Int[Array, "b l"] | None,
+        dropped: Bool[Array, " b"],
+        embedding: Float[Array, "b l2 c"] | None,
+    ) -> tuple[Float[Array, "b l2 c"], Bool[Array, "b l2"] | None]:
         """The captions' features and which of them count; a dropped caption is an empty one."""
+        if embedding is not None:
+            # Of the captions only the empty one, which takes the place of those dropped, is left
+            # to be encoded.
+            empty, empty_mask = self._text_context(
+                params, jnp.zeros_like(text[:1]), jnp.ones((1,), bool), None
+            )
+            if embedding.shape[1:] != empty.shape[1:]:
+                raise UserError(
+                    f"text embeddings have shape {embedding.shape[1:]}, the text encoder makes "
+                    f"{empty.shape[1:]} of a caption: prepare them with this model's, and with "
+                    "the same data.text_length"
+                )
+            context = jnp.where(dropped[:, None, None], empty, embedding.astype(empty.dtype))
+            if empty_mask is None:
+                return context, None
+            known = token_mask(text, self.text.stride)
+            return context, jnp.where(dropped[:, None], empty_mask, known)
         if isinstance(self.text, ClipTextConfig):
             empty = self.text.empty_text(self.text.max_length if text is None else text.shape[1])
             text = jnp.where(dropped[:, None], empty, empty if text is None else text)

@@ -30,7 +30,11 @@ from nuwa_jax.training.state import TrainState
 FREE_KEYS = (
     "sampling",
     "data.threads",
+    "data.workers",
     "data.prefetch",
+    "data.prefetch_to_device",
+    "data.max_replaced_share",
+    "data.allow_changed_clips",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",

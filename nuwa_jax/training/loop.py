@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,9 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
-from nuwa_jax.data.pipeline import DataConfig, make_batches, to_device
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.device import to_device
+from nuwa_jax.data.pipeline import Batches, make_batches
 from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
@@ -176,12 +177,14 @@ class _Run:
             write=self.main,
         )
         batches = self._batches(stage, meta.position)
-        if meta.step and batches.fingerprint != meta.clips:
+        if meta.step and batches.fingerprint != meta.clips and not self.data.allow_changed_clips:
             batches.close()
+            folders = ", ".join(s.path for s in self.data.mixed_sources() if s.path) or "none"
             raise UserError(
-                f"the clips of data.clips={self.data.clips} are not those that {self.workdir} was "
-                "trained on, so its data position means nothing in them: put those clips back or "
-                "give another --workdir"
+                f"the prepared clips ({folders}) are not those that {self.workdir} was "
+                "trained on, so its data position means nothing in them: put those clips back, "
+                "give another --workdir, or go on in the new ones with "
+                "--config.data.allow_changed_clips=true"
             )
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
@@ -207,9 +210,7 @@ class _Run:
                 batch = next(batches)
                 progress.waited(time.monotonic() - start)
                 rate = learning_rate(stage, train, step, share)
-                state, metrics = step_fn(
-                    state, to_device(batch), jnp.float32(rate), jnp.float32(share)
-                )
+                state, metrics = step_fn(state, batch, jnp.float32(rate), jnp.float32(share))
                 step, saved = step + 1, False
                 in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
                 finish_steps(RUN_AHEAD)
@@ -233,7 +234,8 @@ class _Run:
                 checkpoints.save(state, meta)
         return meta, state.all_ema()
 
-    def _batches(self, stage: Stage, position: int) -> Any:
+    def _batches(self, stage: Stage, position: int) -> Batches:
+        model = self.model
         return make_batches(
             self.data,
             seed=self.config.seed,
@@ -242,6 +244,8 @@ class _Run:
             shard=jax.process_index(),
             num_shards=jax.process_count(),
             with_flow=stage.needs_flow,
+            with_picture=bool(model.image_encoder or model.augmentation),
+            transfer=to_device,
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
@@ -315,6 +319,11 @@ def _check(config: ml_collections.ConfigDict, stages: Sequence[Stage]) -> None:
     if train.decay not in DECAYS:
         raise UserError(f"train.decay must be one of {DECAYS}, got {train.decay!r}")
     for stage in stages:
+        if config.data.get("format", "video") == "latents" and stage.objective == "reconstruct":
+            raise UserError(
+                f"stages.{stage.name} trains the autoencoder, which takes pictures: leave it out "
+                'of curriculum, or set data.format="video"'
+            )
         if stage.batch_size % train.accumulate:
             raise UserError(
                 f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "

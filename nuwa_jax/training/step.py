@@ -12,7 +12,9 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nuwa_jax.data.batch import Batch
+from nuwa_jax.data.device import complete
 from nuwa_jax.diffusion import edm
+from nuwa_jax.errors import UserError
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
@@ -42,6 +44,8 @@ def make_train_step(model: VideoLDM, config: Any, stage: Stage) -> TrainStep:
     def step(
         state: TrainState, batch: Batch, learning_rate: Array, progress: Array
     ) -> tuple[TrainState, Metrics]:
+        _check_precomputed(model, config, stage, batch, state)
+        batch = complete(batch, config.data.height, config.data.width)
         key = jax.random.fold_in(stage_key(config.seed, stage.index), state.step)
         draws = draw(key, model, stage, batch, config.diffusion)
         grad_fn = jax.value_and_grad(
@@ -97,16 +101,24 @@ def draw(key: PRNGKeyArray, model: VideoLDM, stage: Stage, batch: Batch, diffusi
             strict=True,
         )
     )
-    b, t, h, w, _ = batch.video.shape
+    b = batch.fps.shape[0]
+    if batch.latents is None:
+        shape = (b, *model.latent_shape(*batch.video.shape[2:4], batch.frames))
+    else:
+        shape = batch.latents.shape
 
     def dropped(name: str) -> Bool[Array, " b"]:
         return jax.random.bernoulli(keys[name], getattr(stage.drop, name), (b,))
 
     return Draws(
-        noise=jax.random.normal(keys["noise"], (b, *model.latent_shape(h, w, t))),
+        noise=jax.random.normal(keys["noise"], shape),
         sigma=edm.sample_sigmas(keys["sigma"], (b,), diffusion.p_mean, diffusion.p_std),
         drop=Drop(text=dropped("text"), image=dropped("image"), drag=dropped("drag")),
-        picture=(jax.random.normal(keys["picture"], (b, h, w, 3)) if model.augmentation else None),
+        picture=(
+            jax.random.normal(keys["picture"], (b, *batch.video.shape[2:]))
+            if model.augmentation
+            else None
+        ),
         dense=jax.random.uniform(keys["dense"], (b,)),
     )
 
@@ -136,8 +148,10 @@ def make_loss(model: VideoLDM, config: Any, stage: Stage) -> Callable[..., Any]:
         params: Params, batch: Batch, draws: Draws, progress: Array
     ) -> tuple[Array, Metrics]:
         params = merge_lora(params)
-        video = to_float(batch.video)
-        clean = jax.lax.stop_gradient(model.encode(params, video))
+        if batch.latents is None:
+            clean = jax.lax.stop_gradient(model.encode(params, to_float(batch.video)))
+        else:
+            clean = batch.latents.astype(jnp.float32)
         x = clean + draws.sigma[:, None, None, None, None] * draws.noise
         condition = training_condition(model, params, config, stage, batch, draws, progress)
         denoised = model.denoise(params, x, draws.sigma, condition)
@@ -156,7 +170,7 @@ def training_condition(
     progress: Array,
 ) -> Any:
     """What the model is shown of a batch in this stage (`model.condition`)."""
-    t, h, w = batch.video.shape[1:4]
+    h, w = config.data.height, config.data.width
     flow = points = state = None
     if stage.condition == "flow":
         flow = batch.flow.astype(jnp.float32)
@@ -167,11 +181,16 @@ def training_condition(
             start, end = stage.dense_to_sparse
             dense = draws.dense < start + (end - start) * progress
             flow = jnp.where(dense[:, None, None, None, None], batch.flow.astype(flow.dtype), flow)
+    precomputed = {}
+    if batch.latents is not None and not model.augmentation:
+        precomputed["image_latents"] = batch.latents[:, 0].astype(jnp.float32)
+    if batch.text_embedding is not None:
+        precomputed["text_embedding"] = batch.text_embedding.astype(jnp.float32)
     return model.condition(
         params,
-        frames=t,
+        frames=batch.frames,
         size=(h, w),
-        image=to_float(batch.video[:, 0]),
+        image=None if batch.video is None else to_float(batch.video[:, 0]),
         text=batch.text,
         flow=flow,
         points=points,
@@ -179,7 +198,28 @@ def training_condition(
         fps=batch.fps,
         noise=draws.picture,
         drop=draws.drop,
+        **precomputed,
     )
+
+
+def _check_precomputed(
+    model: VideoLDM, config: Any, stage: Stage, batch: Batch, state: TrainState
+) -> None:
+    """Looks, while the step is traced, at what was prepared for perhaps another model."""
+    if batch.latents is not None:
+        expected = model.latent_shape(config.data.height, config.data.width, config.data.frames)
+        if batch.latents.shape[1:] != expected:
+            raise UserError(
+                f"the prepared latents have shape {batch.latents.shape[1:]}, this model's are "
+                f"{expected}: prepare the clips with its autoencoder, or set "
+                'data.format="video"'
+            )
+    if batch.text_embedding is not None and "text" in state.params:
+        raise UserError(
+            f"stage {stage.name} trains the text encoder, but the clips hold text embeddings that "
+            f"were made beforehand: freeze text/ in stages.{stage.name}.rules, or prepare the "
+            "clips without text embeddings"
+        )
 
 
 def init_key(seed: int) -> PRNGKeyArray:

@@ -11,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from nuwa_jax.data.clip_tokenizer import ClipTokenizer
-from nuwa_jax.data.pipeline import DataConfig, make_batches
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.pipeline import make_batches
 from nuwa_jax.data.tokenizer import encode_text, load_tokenizer, tokenizer_of
 from nuwa_jax.errors import UserError
 

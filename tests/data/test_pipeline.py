@@ -1,86 +1,17 @@
 import dataclasses
-import json
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from prepared_clips import EXACT, SMALL, assert_equal, captions, joined, make_clips, take
 
-from nuwa_jax.data import pipeline
-from nuwa_jax.data.batch import Batch
-from nuwa_jax.data.pipeline import DataConfig, held_out_scene, make_batches, to_device
-from nuwa_jax.data.records import (
-    FORMAT,
-    MANIFEST,
-    SCHEMA_VERSION,
-    Record,
-    ShardWriter,
-    hash_file,
-)
+from nuwa_jax.data import mixture
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.pipeline import held_out_scene, make_batches
 from nuwa_jax.data.scenes import HELD_OUT_SEED, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import encode_text
-from nuwa_jax.data.video import encode_video
 from nuwa_jax.errors import UserError
-from nuwa_jax.motion.tracks import PerturbConfig, SamplerConfig, TrackState
-
-EXACT = PerturbConfig(jitter=0.0, tail_dropout=0.0, subsample_probability=0.0)
-SMALL = DataConfig(
-    height=24,
-    width=32,
-    frames=5,
-    max_drags=4,
-    text_length=20,
-    threads=0,
-    scenes=SceneConfig(supersample=1, background_points=6),
-    sampler=SamplerConfig(max_count=4),
-)
-
-
-def take(config, count, **options):
-    batches = make_batches(config, **{"seed": 7, "batch_size": 2, **options})
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return taken
-
-
-def joined(batches):
-    columns = zip(*batches, strict=True)
-    return Batch(*(None if each[0] is None else np.concatenate(each) for each in columns))
-
-
-def assert_equal(a, b):
-    for name, x, y in zip(Batch._fields, a, b, strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=name)
-
-
-def make_clips(folder, count=7, frames=8, height=32, width=40, flow=True):
-    """A prepared folder whose records are scenes, so that the truth about them is known."""
-    folder.mkdir(exist_ok=True)
-    config = SceneConfig(height=height, width=width, frames=frames, supersample=1)
-    path = folder / "clips.array_record"
-    with ShardWriter(path) as writer:
-        for index in range(count):
-            scene = render_scene(index, config)
-            record = Record(
-                source_id=str(index),
-                caption=f"clip {index}",
-                video=encode_video(scene.video, 10, crf=4),
-                fps=10.0,
-                height=height,
-                width=width,
-                frames=frames,
-                start=0.0,
-                tracks=scene.tracks,
-                flow=scene.flow.astype(np.float16) if flow else None,
-            )
-            writer.write(record)
-    manifest = {"format": FORMAT, "version": SCHEMA_VERSION, "records": count}
-    manifest["min_frames"] = frames
-    shard = {"name": path.name, "records": count, "bytes": path.stat().st_size}
-    manifest["shards"] = [{**shard, "sha256": hash_file(path)}]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return str(folder)
+from nuwa_jax.motion.tracks import PerturbConfig, TrackState
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +22,6 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mixed(clips):
     return dataclasses.replace(SMALL, clips=clips, clips_weight=1.0, scenes_weight=2.0)
-
-
-def captions(batch):
-    return [bytes((row[row > 0] - 1).astype(np.uint8)).decode() for row in batch.text]
 
 
 @pytest.mark.parametrize("batch_size,with_flow", [(1, False), (2, True)])
@@ -175,7 +102,7 @@ def rendered(monkeypatch):
         scenes.append(render_scene(seed, config))
         return scenes[-1]
 
-    monkeypatch.setattr(pipeline, "render_scene", spy)
+    monkeypatch.setattr(mixture, "render_scene", spy)
     return scenes
 
 
@@ -300,7 +227,7 @@ def test_flow_of_clips_without_any_is_estimated(tmp_path):
 def test_damaged_record_is_replaced_by_its_neighbour_and_counted(tmp_path):
     folder = tmp_path / "clips"
     make_clips(folder, count=5)
-    shard = folder / "clips.array_record"
+    shard = folder / "clips-0.array_record"
     data = bytearray(shard.read_bytes())
     config = dataclasses.replace(SMALL, clips=str(folder), clips_weight=1.0, scenes_weight=0.0)
     data[40000:40064] = bytes(64)
@@ -324,7 +251,7 @@ def test_clips_that_do_not_fit_are_refused_at_once(tmp_path, clips):
     check("not a folder of prepared clips", dataclasses.replace(base, clips=str(tmp_path)))
     check("multiple", base, batch_size=3, num_shards=2)
     make_clips(tmp_path / "cut")
-    shard = tmp_path / "cut" / "clips.array_record"
+    shard = tmp_path / "cut" / "clips-0.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])
     check("bytes", dataclasses.replace(base, clips=str(tmp_path / "cut")))
 
@@ -354,12 +281,3 @@ def test_config_entries_reach_their_parts_and_unknown_ones_are_named():
     ):
         with pytest.raises(UserError, match=message):
             DataConfig.from_config(ConfigDict(entries))
-
-
-def test_batch_moves_to_devices_with_and_without_a_sharding():
-    batch = take(SMALL, 1, with_flow=True)[0]
-    sharding = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec("data"))
-    for moved in (to_device(batch), to_device(batch, sharding)):
-        assert all(isinstance(leaf, jax.Array) for leaf in moved)
-        assert_equal(moved, batch)
-    assert to_device(batch._replace(flow=None)).flow is None

@@ -1,9 +1,13 @@
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
-import msgpack
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from nuwa_jax.data.records import (
     FORMAT,
@@ -16,11 +20,16 @@ from nuwa_jax.data.records import (
     decode_record,
     encode_record,
     hash_file,
+    record_features,
+    shard_name,
+    write_metadata,
 )
-from nuwa_jax.motion.tracks import Tracks
+from nuwa_jax.motion.tracks import Tracks, TrackState
 
 
-def make_record(index=0, frames=5, height=30, width=50, flow=True, size=200):
+def make_record(
+    index=0, frames=5, height=30, width=50, flow=True, size=200, latents=False, text=False
+):
     rng = np.random.default_rng(index)
     points = rng.uniform([-5, -5], [width + 5, height + 5], (7, frames, 2))
     tracks = Tracks(points, rng.integers(0, 4, (7, frames)))
@@ -36,22 +45,105 @@ def make_record(index=0, frames=5, height=30, width=50, flow=True, size=200):
         start=1.25,
         tracks=tracks,
         flow=dense,
+        latents=rng.normal(size=(frames, 4, 7, 3)).astype(np.float16) if latents else None,
+        text_embedding=rng.normal(size=(6, 8)).astype(np.float16) if text else None,
     )
 
 
-@pytest.mark.parametrize("flow", [True, False])
-def test_record_survives_encoding(flow):
-    record = make_record(flow=flow)
-    decoded = decode_record(encode_record(record))
+ARRAYS = ("flow", "latents", "text_embedding")
+
+
+def assert_equal(decoded, record):
     for field in dataclasses.fields(Record):
-        if field.name not in ("tracks", "flow"):
+        if field.name not in ("tracks", *ARRAYS):
             assert getattr(decoded, field.name) == getattr(record, field.name)
     np.testing.assert_array_equal(decoded.tracks.state, record.tracks.state)
     np.testing.assert_allclose(decoded.tracks.points, record.tracks.points, atol=50 / 4000)
-    if flow:
-        np.testing.assert_array_equal(decoded.flow, record.flow)
-    else:
-        assert decoded.flow is None
+    for name in ARRAYS:
+        if getattr(record, name) is None:
+            assert getattr(decoded, name) is None
+        else:
+            np.testing.assert_array_equal(getattr(decoded, name), getattr(record, name))
+            assert getattr(decoded, name).dtype == np.float16
+
+
+@pytest.mark.parametrize("flow", [True, False])
+@pytest.mark.parametrize("latents,text", [(False, False), (True, False), (False, True)])
+def test_record_survives_encoding(flow, latents, text):
+    record = make_record(flow=flow, latents=latents, text=text)
+    assert_equal(decode_record(encode_record(record)), record)
+
+
+def test_record_of_latents_needs_no_video():
+    record = make_record(size=0, latents=True)
+    data = encode_record(record)
+    assert_equal(decode_record(data), record)
+    flipped = bytearray(data)
+    flipped[data.index(record.latents.tobytes()) + 10] ^= 1
+    with pytest.raises(RecordError, match="content hash"):
+        decode_record(bytes(flipped))
+
+
+def test_times_are_exact():
+    record = dataclasses.replace(make_record(), fps=30000 / 1001, start=1 / 3)
+    decoded = decode_record(encode_record(record))
+    assert (decoded.fps, decoded.start) == (record.fps, record.start)
+
+
+def test_tfds_and_this_program_read_the_same(tmp_path):
+    records = [
+        make_record(0, latents=True, text=True),
+        make_record(1, flow=False),
+        make_record(2, frames=7, flow=False),
+    ]
+    counts, shards, left = (2, 0, 1), [], list(records)
+    for index, count in enumerate(counts):
+        path = tmp_path / shard_name(index, len(counts))
+        with ShardWriter(path) as writer:
+            for _ in range(count):
+                writer.write(left.pop(0))
+        shards.append({"name": path.name, "records": count, "bytes": path.stat().st_size})
+    write_metadata(tmp_path, shards, "clips for a test")
+
+    builder = tfds.builder_from_directory(tmp_path)
+    source = builder.as_data_source("train")
+    assert len(source) == builder.info.splits["train"].num_examples == 3
+    for read, record in zip(source, records, strict=True):
+        decoded = decode_record(encode_record(record))
+        for name in ("source_id", "caption", "content_hash"):
+            assert read[name].decode() == getattr(decoded, name)
+        for name in ("video", "fps", "height", "width", "frames", "start"):
+            assert read[name] == getattr(decoded, name)
+        size = np.array([record.width, record.height])
+        points = read["points"].reshape(-1, record.frames, 2).astype(np.float64)
+        points = points * size + (size - 1) / 2
+        state = read["state"].reshape(-1, record.frames)
+        known = state != TrackState.UNSPECIFIED  # elsewhere, points have no meaning
+        np.testing.assert_array_equal(points[known], decoded.tracks.points[known])
+        np.testing.assert_array_equal(state, decoded.tracks.state)
+        for name in ARRAYS:
+            shape = read[f"{name}_shape"]
+            if getattr(decoded, name) is None:
+                assert not shape.any() and read[name].size == 0
+            else:
+                np.testing.assert_array_equal(read[name].reshape(shape), getattr(decoded, name))
+    assert not {"tensorflow", "jax"} & modules_of_reading(tmp_path)
+
+
+def modules_of_reading(folder):
+    """The frameworks that a process which reads a folder, by us and by TFDS, has imported."""
+    program = (
+        "import sys, pathlib, tensorflow_datasets as tfds\n"
+        "from nuwa_jax.data.records import decode_record, record_features\n"
+        f"source = tfds.builder_from_directory({str(folder)!r}).as_data_source('train')\n"
+        "assert source[0]['frames'] == 5\n"
+        "print(*sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True
+    )
+    return set(done.stdout.split())
 
 
 def test_points_in_a_large_picture_keep_their_precision():
@@ -79,24 +171,43 @@ def test_damaged_records_are_errors_not_arrays():
 
 
 def test_contradictory_records_are_errors():
-    values = msgpack.unpackb(encode_record(make_record()))
+    values = record_features().deserialize_example_np(encode_record(make_record()))
 
-    def check(message, **changes):
-        changed = {**values, **changes}
-        changed = {key: value for key, value in changed.items() if value != "drop"}
+    def check(message, drop=(), **changes):
+        example = tf_example_pb2.Example.FromString(
+            record_features().serialize_example({**values, **changes})
+        )
+        for name in drop:
+            del example.features.feature[name]
         with pytest.raises(RecordError, match=message):
-            decode_record(msgpack.packb(changed))
+            decode_record(example.SerializeToString())
 
     check("version 99", version=99)
-    check("lacks 'caption'", caption="drop")
-    check("tracks of 5 frames", frames=6)
+    check("version None", drop=["version"])
+    check("lacks 'caption'", drop=["caption"])
+    check("damaged", frames=6)
+    check("damaged", frames=0)
     check("0x30", width=0)
-    check("fps", fps=float("inf"))
-    check("damaged", width="wide")
-    check("no video", video=b"")
-    check("type '<f8'", points={**values["points"], "dtype": "<f8"})
-    check("damaged", points={**values["points"], "shape": [7, 5, 3]})
-    check("damaged", state={**values["state"], "data": b"\x09" * 35})
+    check("fps", fps=np.float64(np.inf))
+    check("neither video nor latents", video=b"")
+    check("damaged", state=np.full(35, 9, np.uint8))
+    check("damaged", state=np.zeros(34, np.uint8))
+    check("damaged", flow_shape=np.array([5, 6, 10, 3], np.int32))
+    # Like a feature of another type than the one that is written.
+    example = tf_example_pb2.Example.FromString(encode_record(make_record()))
+    example.features.feature["width"].bytes_list.value.append(b"wide")
+    with pytest.raises(RecordError, match="damaged"):
+        decode_record(example.SerializeToString())
+
+
+def test_contradictory_arrays_are_errors():
+    latents = np.zeros((4, 6, 10, 3), np.float16)
+    with pytest.raises(RecordError, match="latents of shape"):
+        dataclasses.replace(make_record(), latents=latents)
+    with pytest.raises(RecordError, match="text embedding of shape"):
+        dataclasses.replace(make_record(), text_embedding=np.zeros((3, 0), np.float16))
+    with pytest.raises(RecordError, match="tracks of 5 frames"):
+        dataclasses.replace(make_record(flow=False), frames=6)
 
 
 def make_folder(folder, counts=(3, 2), size=200):

@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from nuwa_jax.data.pipeline import DataConfig, held_out_scene
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.pipeline import held_out_scene
 from nuwa_jax.data.scenes import HELD_OUT_SEED, render_scene
 from nuwa_jax.data.video import read_video
 from nuwa_jax.diffusion.guidance import GuidanceScales

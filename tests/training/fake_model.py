@@ -21,6 +21,7 @@ class FakeModel:
     """Matrices on 4x4 patches; every condition moves the denoised latents."""
 
     augmentation = 0.0
+    image_encoder = None
 
     def latent_shape(self, height, width, frames):
         return frames, height // PATCH, width // PATCH, CHANNELS
@@ -64,11 +65,26 @@ class FakeModel:
         return rearrange(patches, "b t h w (p q c) -> b t (h p) (w q) c", p=PATCH, q=PATCH, c=3)
 
     def condition(
-        self, params, *, frames, size, image, text, flow, points, state, fps, noise, drop
+        self,
+        params,
+        *,
+        frames,
+        size,
+        image,
+        text,
+        flow,
+        points,
+        state,
+        fps,
+        noise,
+        drop,
+        image_latents=None,
     ):
         del frames, size, fps, noise
         keep = [1.0 - d[:, None, None, None, None] for d in (drop.text, drop.image, drop.drag)]
-        first = self.encode(params, image[:, None]) @ params["unet"]["first"]
+        if image_latents is None:
+            image_latents = self.encode(params, image[:, None])[:, 0]
+        first = image_latents[:, None] @ params["unet"]["first"]
         words = jnp.mean(params["text"]["table"][text], axis=1)[:, None, None, None]
         out = keep[0] * words + keep[1] * first
         if flow is not None:

@@ -9,7 +9,8 @@ from fake_model import FakeModel
 from micro_config import get_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nuwa_jax.data.pipeline import DataConfig, make_batches
+from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.pipeline import make_batches
 from nuwa_jax.data.video import read_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.generation.stage_samples import StageSamples
