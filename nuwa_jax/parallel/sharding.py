@@ -17,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nuwa_jax.errors import UserError
 
-# Share of the bytes that may lie whole on every device before that is an error.
+# Share of the bytes that may lie whole on every device before that is an error, and the bytes up to
+# which it never is: a small model's many small parameters.
 MAX_REPLICATED = 0.02
+HARMLESS = 2**24
 # Values below which a parameter stays whole: gathering it would cost more than it takes.
 MIN_SIZE = 2**13
 
@@ -104,18 +106,19 @@ def check_replicated(
     """What stays whole on every device, in words.
 
     Raises:
-      UserError: on a mesh that splits parameters, more than `limit` of the bytes stay whole;
-        names the largest.
+      UserError: on a mesh that splits parameters, more than `limit` of the bytes and more than
+        `HARMLESS` bytes stay whole; names the largest.
     """
     total = sum(line.bytes for line in lines)
     whole = [line for line in lines if line.parts == 1]
-    share = sum(line.bytes for line in whole) / max(1, total)
+    kept = sum(line.bytes for line in whole)
+    share = kept / max(1, total)
     each = sum(line.bytes / line.parts for line in lines)
     told = (
         f"{len(lines)} arrays of {total / 2**30:.2f} GiB, {each / 2**30:.2f} GiB per device; "
         f"{len(whole)} stay whole, {share:.2%} of the bytes"
     )
-    if sizes["fsdp"] * sizes["tensor"] > 1 and share > limit:
+    if sizes["fsdp"] * sizes["tensor"] > 1 and share > limit and kept > HARMLESS:
         largest = ", ".join(f"{line.path} {line.shape}" for line in whole[:3])
         raise UserError(
             f"{told}, at most {limit:.0%} may: no dimension of {largest} divides by fsdp "
