@@ -25,6 +25,7 @@ REQUIREMENTS = [
     "grain>=0.2.18,<0.3",  # deterministic, sharded, resumable batches
     "array-record>=0.8.6,<0.9",  # the file format of prepared clips
     "tensorflow-datasets>=4.9.10,<5",  # describes prepared clips to TFDS readers; no TensorFlow
+    "fsspec>=2026.9,<2028",  # videos and prepared clips in buckets
     "protobuf>=6.33,<8",  # parses a record; Beam needs the 6
     "av>=18,<19",  # decodes and encodes video; its wheels bring FFmpeg
     "opencv-python-headless>=5,<6",  # Lucas-Kanade tracks, DIS flow, drawing of scenes

@@ -88,6 +88,8 @@ def base() -> ConfigDict:
     c.data.scenes = ConfigDict()
     c.data.sampler = ConfigDict()
     c.data.perturb = ConfigDict()
+    c.data.drags_on = ConfigDict()
+    c.data.camera = ConfigDict()
 
     c.model = ConfigDict()
     c.model.dtype = "float32"

@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.preset = "dragnuwa_paper"
     c.data.frames = 16
     c.data.sampler = ConfigDict(dict(kind="grid", spacing=16.0, max_count=8))
+    c.data.drags_on = ConfigDict(dict(object=0.0, camera=0.0, both=1.0))  # wherever the grid is
     c.data.perturb = ConfigDict(dict(jitter=0.0, tail_dropout=0.0, subsample_probability=0.0))
     c.raster = ConfigDict(dict(sigma=10.0, kernel_size=99))
     c.model.flow_encoder = ConfigDict(dict(injection="film", where="encoder+decoder"))

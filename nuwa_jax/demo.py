@@ -29,7 +29,7 @@ from nuwa_jax.generation.animate import animate
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import EXAMPLE
 from nuwa_jax.motion.drags import DragSet
-from nuwa_jax.motion.tracks import SamplerConfig, sample_trajectories
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig, sample_trajectories
 from nuwa_jax.presets import load_preset
 from nuwa_jax.training.loop import train
 

@@ -16,10 +16,12 @@ from nuwa_jax.data.records import (
     Record,
     ShardWriter,
     hash_file,
+    shard_name,
 )
 from nuwa_jax.data.scenes import SceneConfig, render_scene
 from nuwa_jax.data.video import encode_video
-from nuwa_jax.motion.tracks import PerturbConfig, SamplerConfig
+from nuwa_jax.motion.perturbation import PerturbConfig
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 EXACT = PerturbConfig(jitter=0.0, tail_dropout=0.0, subsample_probability=0.0)
 SMALL = DataConfig(
@@ -62,7 +64,7 @@ def make_clips(
     config = SceneConfig(height=height, width=width, frames=frames, supersample=1)
     listed = []
     for part in np.array_split(np.arange(count), shards):
-        path = folder / f"clips-{len(listed)}.array_record"
+        path = folder / shard_name(len(listed), shards)
         write_shard(path, part, config, flow, name, change)
         shard = {"name": path.name, "records": len(part), "bytes": path.stat().st_size}
         listed.append({**shard, "sha256": hash_file(path)})

@@ -9,6 +9,7 @@ folders of SVD. Every array is mapped, folded or ignored for a stated reason; on
 or missing is an error that names it.
 
 python -m nuwa_jax.convert --part=text --from=open_clip_model.safetensors --out=text
+python -m nuwa_jax.convert --part=gmflow --from=gmflow.pth --out=gmflow.safetensors
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 from absl import flags
 
 from nuwa_jax.convert.export import export
+from nuwa_jax.convert.gmflow import convert_gmflow
 from nuwa_jax.convert.released import Report, convert
 from nuwa_jax.convert.towers import convert_tower
 from nuwa_jax.errors import UserError, run_main
 
 FROM = flags.DEFINE_string("from", None, "A checkpoint, a diffusers folder or a model of ours.")
-OUT = flags.DEFINE_string("out", None, "Folder to write.")
+OUT = flags.DEFINE_string("out", None, "Folder to write; with --part=gmflow a file.")
 TO = flags.DEFINE_enum(
     "to",
     "nuwa_jax",
@@ -51,8 +53,9 @@ CLIP_HEADS = flags.DEFINE_integer(
 PART = flags.DEFINE_enum(
     "part",
     "all",
-    ["all", "image_encoder", "text"],
-    "Only one tower of CLIP, of an OpenCLIP file or a Hugging Face folder, for train.init_from.",
+    ["all", "image_encoder", "text", "gmflow"],
+    "Only one tower of CLIP, of an OpenCLIP file or a Hugging Face folder, for train.init_from; or "
+    "the optical flow of GMFlow, for preparing clips.",
 )
 CLIP_ACTIVATION = flags.DEFINE_enum(
     "clip_activation", "gelu", ["gelu", "quick_gelu"], "Of a text tower; OpenAI's: quick_gelu."
@@ -95,6 +98,8 @@ def _convert() -> Report:
             head_channels=HEAD_CHANNELS.value,
             clip_heads=CLIP_HEADS.value,
         )
+    if PART.value == "gmflow":
+        return convert_gmflow(FROM.value, OUT.value)
     untold = {
         "activation": CLIP_ACTIVATION.value,
         "layer": CLIP_LAYER.value,

@@ -75,7 +75,7 @@ class Report:
     """What became of every array of a checkpoint."""
 
     source: str
-    family: Family
+    family: str
     mapped: int
     folded: int
     kept_apart: int
@@ -92,8 +92,9 @@ class Report:
         """For people."""
         total = sum(self.parameters.values())
         parts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        names = {"hf": "a diffusers folder", "sgm": "SGM"}.get(self.family, self.family)
         return [
-            f"{self.source}: names of {'a diffusers folder' if self.family == 'hf' else 'SGM'}",
+            f"{self.source}: names of {names}",
             f"mapped {self.mapped}, LoRA folded {self.folded}, LoRA kept apart {self.kept_apart}, "
             f"ignored {sum(self.ignored.values())}, left over 0, missing 0",
             *(f"  ignored {count}: {reason}" for reason, count in self.ignored.items()),

@@ -19,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -48,6 +49,10 @@ class ClipTokenizer:
         self._symbols = _byte_symbols()
         self.size = len(ids) + 2
         self._word = functools.lru_cache(maxsize=1 << 16)(self._encode_word)
+
+    def __reduce__(self) -> tuple[type[ClipTokenizer], tuple[Any, ...]]:
+        """Worker processes get the vocabulary without the words met so far."""
+        return ClipTokenizer, (self._ids, list(self._ranks))
 
     @classmethod
     def load(cls, path: str | Path) -> ClipTokenizer:

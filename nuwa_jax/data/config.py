@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from nuwa_jax.data.scenes import SceneConfig
 from nuwa_jax.errors import UserError
-from nuwa_jax.motion.tracks import PerturbConfig, SamplerConfig
-
-_Config = TypeVar("_Config")
+from nuwa_jax.motion.camera_motion import CameraConfig
+from nuwa_jax.motion.drag_synthesis import PARTS, DragsOn, DragSynthesis
+from nuwa_jax.motion.perturbation import PerturbConfig
+from nuwa_jax.motion.schedules import build_config
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 KINDS = ("scenes", "records")
 FORMATS = ("video", "latents")
@@ -70,11 +72,11 @@ class DataConfig:
       max_replaced_share: share of elements whose record may be unreadable before the run stops.
       allow_changed_clips: go on with a run although its prepared folders have changed; the records
         then come in another order, and some may come twice or late.
-      camera_probability: chance that drags of an element with a moving camera may lie on the
-        background. Otherwise they lie on the sprites and on what stays still.
       scenes: what scenes look like. Size, frames and fps are always those above.
       sampler: which tracks become drags.
       perturb: how imprecise drags are.
+      drags_on: how often drags lie on objects, on the background, and on both.
+      camera: how background and objects are told apart in clips.
     """
 
     height: int = 64
@@ -97,10 +99,11 @@ class DataConfig:
     prefetch_to_device: int = 2
     max_replaced_share: float = 0.01
     allow_changed_clips: bool = False
-    camera_probability: float = 0.25
     scenes: SceneConfig = SceneConfig()
     sampler: SamplerConfig = SamplerConfig()
     perturb: PerturbConfig = PerturbConfig()
+    drags_on: DragsOn = DragsOn()
+    camera: CameraConfig = CameraConfig()
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "frames", "max_drags", "text_length", "flow_divisor"):
@@ -112,7 +115,7 @@ class DataConfig:
         for name in (*not_negative, "prefetch_to_device"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} is at least 0, got {getattr(self, name)}")
-        for name in ("camera_probability", "flip_probability", "max_replaced_share"):
+        for name in ("flip_probability", "max_replaced_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is in [0, 1], got {getattr(self, name)}")
         if self.height % self.flow_divisor or self.width % self.flow_divisor:
@@ -133,9 +136,9 @@ class DataConfig:
             raise UserError(f"data.format is one of {FORMATS}, got {self.format!r}")
         if self.format == "latents":
             self._check_latents()
-        if self.sampler.max_count > self.max_drags:
+        if self.sampler.most_drags > self.max_drags:
             raise UserError(
-                f"data.sampler.max_count {self.sampler.max_count} is more than data.max_drags "
+                f"data.sampler.max_count {self.sampler.most_drags} is more than data.max_drags "
                 f"{self.max_drags}: drags would not fit"
             )
         size = {name: getattr(self, name) for name in ("height", "width", "frames", "fps")}
@@ -149,6 +152,11 @@ class DataConfig:
             *self.sources,
         )
         return tuple(source for source in every if source.weight > 0)
+
+    @property
+    def synthesis(self) -> DragSynthesis:
+        """How drags are made of tracks."""
+        return DragSynthesis(**{name: getattr(self, name) for name in PARTS})
 
     def _check_latents(self) -> None:
         if any(source.kind == "scenes" for source in self.mixed_sources()):
@@ -170,13 +178,15 @@ class DataConfig:
           UserError: an entry is unknown or its value makes no sense.
         """
         values = dict(config)
-        parts = {"scenes": SceneConfig, "sampler": SamplerConfig, "perturb": PerturbConfig}
-        for name, part in parts.items():
-            if name in values:
-                values[name] = _build(part, values[name], f"data.{name}")
+        if "scenes" in values:
+            values["scenes"] = build_config(
+                SceneConfig, values["scenes"], "data.scenes", schedules=False
+            )
+        synthesis = DragSynthesis.from_config(values)
+        values |= {name: getattr(synthesis, name) for name in PARTS}
         if "sources" in values:
             values["sources"] = _sources(values["sources"])
-        return _build(cls, values, "data")
+        return build_config(cls, values, "data", schedules=False)
 
 
 def _sources(entries: Any) -> tuple[SourceConfig, ...]:
@@ -187,23 +197,9 @@ def _sources(entries: Any) -> tuple[SourceConfig, ...]:
     for number, entry in enumerate(entries):
         if not hasattr(entry, "items"):
             raise UserError(f"{expected}, got {entry!r} in it")
-        sources.append(_build(SourceConfig, dict(entry.items()), f"data.sources[{number}]"))
-    return tuple(sources)
-
-
-def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in values:
-        if name not in known:
-            raise UserError(f"{where}.{name} is not a known entry: use one of {', '.join(known)}")
-    try:
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in dict(values).items()
-            }
+        sources.append(
+            build_config(
+                SourceConfig, dict(entry.items()), f"data.sources[{number}]", schedules=False
+            )
         )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    return tuple(sources)

@@ -92,6 +92,7 @@ class Mixture:
 
     Attributes:
       fingerprint: of all records, "" without any: clip i is the same only while this is.
+      encoders: of each prepared folder, what its latents and text embeddings were made with.
 
     Raises:
       UserError: records cannot be opened, are not what their manifest says, do not fit the config,
@@ -113,6 +114,7 @@ class Mixture:
                 wanted = _Wanted(with_flow, with_picture)
                 self._sources.append(_Records(config, source, seed, order, wanted))
         _check_open_files([s.num_shards for s in self._sources if isinstance(s, _Records)])
+        self.encoders = [s.encoders for s in self._sources if isinstance(s, _Records)]
         prints = [s.fingerprint for s in self._sources if s.fingerprint]
         joined = hashlib.sha256("".join(prints).encode()).hexdigest() if prints else ""
         self.fingerprint = prints[0] if len(prints) == 1 else joined
@@ -193,6 +195,7 @@ class _Records:
                 f"{config.frames}: prepare them with --min_frames={config.frames}"
             )
         self.fingerprint = self._reader.fingerprint
+        self.encoders: dict[str, str] = self._reader.manifest.get("encoders", {})
         self.num_shards = len(self._reader.manifest["shards"])
         streams = [seed, _ORDER_STREAM] + [order] * (order > 0)
         state = np.random.SeedSequence(streams).generate_state(1)

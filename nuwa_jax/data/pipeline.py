@@ -2,7 +2,7 @@
 
 Element i of the stream is a pure function of (seed, i), whatever the batch size, the number of
 threads, worker processes and hosts; so one integer, the index of the next element, is the whole
-state of the iteration.
+state of the iteration. (Schedules of the config add what step that is: see `make_batches`.)
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from nuwa_jax.data.records import RecordError
 from nuwa_jax.data.scenes import HELD_OUT_SEED, Scene, render_scene
 from nuwa_jax.data.tokenizer import load_tokenizer
 from nuwa_jax.errors import UserError
-from nuwa_jax.motion.tracks import (
-    Tracks,
-    net_displacement,
-    perturb_tracks,
-    sample_trajectories,
-)
+from nuwa_jax.motion.drag_synthesis import synthesise_drags
+from nuwa_jax.motion.schedules import at_step
+from nuwa_jax.motion.tracks import Tracks
 
 # Choices within an element, and whether it is mirrored, are random streams of one seed; these
 # numbers keep them apart, and from the order of records (1).
@@ -54,6 +51,7 @@ class Batches(Iterator[Batch]):
         `start_index=next_index` goes on exactly here. What was made ahead does not count.
       fingerprint: of the records that are read, "" for none. Element i is the same only while this
         is: keep it beside `next_index`.
+      encoders: with precomputed latents, what each folder's were made with (its manifest's entry).
       num_replaced: elements, of those drawn, whose record could not be read and was replaced;
         counted on this host.
     """
@@ -101,6 +99,7 @@ class Batches(Iterator[Batch]):
         self._replaced: dict[Damaged, None] = {}  # in the order in which they were met
         self.next_index = start
         self.fingerprint = elements.fingerprint
+        self.encoders = elements.encoders
         self.num_replaced = 0
 
     def __next__(self) -> Batch:
@@ -148,6 +147,7 @@ def make_batches(
     num_shards: int = 1,
     with_flow: bool = False,
     with_picture: bool = True,
+    schedule_start: int = 0,
     num_batches: int | None = None,
     transfer: Transfer | None = None,
 ) -> Batches:
@@ -169,6 +169,8 @@ def make_batches(
       with_flow: fill `Batch.flow`.
       with_picture: with precomputed latents, fill `Batch.video` with the first frame; without
         them, it is all frames in any case.
+      schedule_start: element at which step 0 of the config's schedules is, such as the first one
+        of a stage. Where there are schedules, element i also depends on this and on `batch_size`.
       num_batches: after which the stream ends; endless by default.
       transfer: applied to every batch, ahead of its being asked for by `config.prefetch_to_device`
         batches: usually `nuwa_jax.data.device.to_device`.
@@ -188,7 +190,9 @@ def make_batches(
     if start_index < 0 or seed < 0:
         raise ValueError(f"start_index and seed are at least 0, got {start_index} and {seed}")
     mixture = Mixture(config, seed, with_flow=with_flow, with_picture=with_picture)
-    elements = _Elements(config, mixture, seed, batch_size, start_index, shard, num_shards)
+    elements = _Elements(
+        config, mixture, seed, batch_size, start_index, shard, num_shards, schedule_start
+    )
     return Batches(elements, config, batch_size, start_index, num_batches, transfer)
 
 
@@ -222,16 +226,19 @@ class _Elements:
         start: int,
         shard: int,
         num_shards: int,
+        schedule_start: int,
     ) -> None:
         self._config = config
         self._seed = seed
         self._batch_size = batch_size
         self._start = start
         self._shard = shard
+        self._schedule_start = schedule_start
         self.local_batch_size = batch_size // num_shards
         self._tokenize = load_tokenizer(config.tokenizer)
         self._mixture = mixture
         self.fingerprint = mixture.fingerprint
+        self.encoders = mixture.encoders if config.format == "latents" else []
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -250,7 +257,8 @@ class _Elements:
         config = self._config
         rng = np.random.default_rng([self._seed, _ELEMENT_STREAM, index])
         clip, from_records, damaged = self._mixture.read(index, rng)
-        drags = _synthesise_drags(clip, rng, config).pad(config.max_drags)
+        step = max(index - self._schedule_start, 0) // self._batch_size
+        drags = _synthesise_drags(clip, rng, config, step).pad(config.max_drags)
         batch = Batch(
             video=clip.video,
             flow=None if clip.flow is None else clip.flow.astype(np.float16),
@@ -273,17 +281,12 @@ class _Elements:
         return np.bool_(flip and _SIDES.search(caption) is None)
 
 
-def _synthesise_drags(clip: Clip, rng: np.random.Generator, config: DataConfig) -> Tracks:
-    tracks, groups = clip.tracks, clip.groups
-    on_background = rng.random() < config.camera_probability
-    if groups is not None and not on_background:
-        # A background that moves is the camera's doing; one that is still can be held as an anchor.
-        still = net_displacement(tracks) < config.sampler.min_motion
-        kept = np.flatnonzero((groups > 0) | still)
-        tracks, groups = tracks.select(kept), groups[kept]
+def _synthesise_drags(
+    clip: Clip, rng: np.random.Generator, config: DataConfig, step: int
+) -> Tracks:
+    synthesis = at_step(config.synthesis, step)
     height, width = config.height, config.width
-    drags = sample_trajectories(tracks, rng, config.sampler, height, width, groups)
-    return perturb_tracks(drags, rng, config.perturb)
+    return synthesise_drags(clip.tracks, rng, synthesis, height, width, clip.groups).tracks
 
 
 def _stack(elements: Sequence[_Made]) -> _Made:

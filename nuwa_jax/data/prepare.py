@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Float16, UInt8
 
+from nuwa_jax.data.filters import (
+    MAX_DISTANCE,
+    colour_overlap,
+    is_still,
+    perceptual_hash,
+    text_share,
+    thumbnails,
+)
 from nuwa_jax.data.records import Record
 from nuwa_jax.data.video import (
     VideoError,
@@ -20,7 +32,7 @@ from nuwa_jax.data.video import (
     stride_for,
 )
 from nuwa_jax.errors import UserError
-from nuwa_jax.motion.estimators import DISFlow, PointTracker, detect_keypoints
+from nuwa_jax.motion.estimators import FlowEstimator, PointTracker, detect_keypoints
 from nuwa_jax.motion.tracks import Tracks, TrackState, net_displacement
 
 # Colour histograms of neighbouring frames overlap by less than this at a cut. In 61 real clips
@@ -31,6 +43,9 @@ _CUT_LOSS = 0.9
 
 # Windows to try for each that is wanted, before a clip is rejected.
 _TRIES = 3
+
+# Share of frames that may be shown for an unusual time. Above it, motion per frame means nothing.
+_MAX_IRREGULAR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +65,12 @@ class ClipOptions:
       track_side: shorter side in pixels of the picture to track in, if the clip has as many.
       min_motion: share of the shorter side by which a track must move to count as moving.
       min_moving: tracks that must move, or the clip is rejected as static.
+      min_scale: least size of the source's picture as a share of the records', or it is too small.
+      min_seconds, max_seconds: how long a source may last; 0 for no limit.
+      max_text: share of the square on the picture's shorter side that burned-in text may cover; 1
+        lets all of it pass. Half-transparent watermarks are found in about every fourth clip.
+      max_distance: bits, of 128, in which the perceptual hashes of two clips may differ for the
+        later one to be rejected as a duplicate; -1 keeps duplicates.
       flow_divisor: store dense flow at 1 / this of the size; 0 stores none.
       crf: of the stored H.264; smaller is better and larger.
     """
@@ -66,6 +87,11 @@ class ClipOptions:
     track_side: int = 256
     min_motion: float = 0.02
     min_moving: int = 4
+    min_scale: float = 0.5
+    min_seconds: float = 0.0
+    max_seconds: float = 0.0
+    max_text: float = 0.03
+    max_distance: int = 6
     flow_divisor: int = 0
     crf: int = 18
 
@@ -86,6 +112,13 @@ class ClipOptions:
             raise UserError(f"--crf is from 0 to 51, got {self.crf}")
         if not 0 <= self.min_motion <= 1:
             raise UserError(f"--min_motion is a share from 0 to 1, got {self.min_motion}")
+        for name in ("min_scale", "min_seconds", "max_seconds", "max_text"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} is at least 0, got {getattr(self, name)}")
+        if not -1 <= self.max_distance <= MAX_DISTANCE:
+            raise UserError(
+                f"--max_distance is from -1 to {MAX_DISTANCE} bits, got {self.max_distance}"
+            )
         if not 0 <= self.flow_divisor <= min(self.height, self.width):
             raise UserError(
                 f"--flow_divisor is from 0 to the shorter side, got {self.flow_divisor}"
@@ -106,41 +139,206 @@ class Rejected(Exception):
         self.detail = detail
 
 
-def make_records(
-    path: str | os.PathLike[str],
-    source_id: str,
-    caption: str,
-    options: ClipOptions,
-    tracker: PointTracker,
-) -> list[Record]:
-    """The records of one video file, at least one.
+class Stopwatch:
+    """CPU seconds of this process by stage; a stage within another counts for itself alone.
 
-    Raises:
-      Rejected: none of its windows is fit for training, or it cannot be decoded.
+    Attributes:
+      seconds: of each stage that was entered.
     """
-    try:
-        info = probe_video(path)
-        starts, length, stride = _windows(info, options)
-        records: list[Record] = []
-        rejected: list[Rejected] = []
-        for start in starts:
-            if len(records) == options.windows:
-                break
-            try:
-                records.append(
-                    _make_record(
-                        path, info, start, length, stride, source_id, caption, options, tracker
-                    )
-                )
-            except Rejected as error:
-                rejected.append(error)
-    except VideoError as error:
-        raise Rejected("undecodable", str(error)) from error
-    if not records:
-        first = rejected[0]
-        tried = f" ({len(rejected)} windows tried)" if len(rejected) > 1 else ""
-        raise Rejected(first.reason, first.detail + tried)
-    return sorted(records, key=lambda record: record.start)
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._charge()
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._running.pop()
+
+    def _charge(self) -> None:
+        now = time.process_time()
+        if self._running:
+            stage = self._running[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+
+class MadeRecord(NamedTuple):
+    """A record and the hash by which near-duplicates of it are found."""
+
+    record: Record
+    perceptual_hash: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordMaker:
+    """Makes records of video files.
+
+    Attributes:
+      options: how.
+      tracker: follows the points.
+      flow: estimates dense flow, if the options ask for it.
+    """
+
+    options: ClipOptions
+    tracker: PointTracker
+    flow: FlowEstimator
+
+    def make(
+        self,
+        path: str | os.PathLike[str],
+        source_id: str,
+        caption: str,
+        watch: Stopwatch,
+        span: tuple[float, float] | None = None,
+    ) -> list[MadeRecord]:
+        """The records of one video file, at least one, in the order of their time.
+
+        Args:
+          path: of a local file.
+          source_id: names the clip.
+          caption: what is seen.
+          watch: notes how long what took.
+          span: seconds of the file between which the clip lies; None for all of it.
+
+        Raises:
+          Rejected: none of its windows is fit for training, or it cannot be decoded.
+        """
+        source = _Source(path, source_id, caption)
+        try:
+            with watch("decode"):
+                info = probe_video(path)
+            first, info = _within(info, span)
+            _check_source(info, self.options)
+            starts, length, stride = _windows(info, self.options)
+            made: list[MadeRecord] = []
+            rejected: list[Rejected] = []
+            for start in starts:
+                if len(made) == self.options.windows:
+                    break
+                window = _Window(first + start, length, stride, info.fps)
+                try:
+                    made.append(self._make(source, window, watch))
+                except Rejected as error:
+                    rejected.append(error)
+        except VideoError as error:
+            raise Rejected("undecodable", str(error)) from error
+        if not made:
+            first_error = rejected[0]
+            tried = f" ({len(rejected)} windows tried)" if len(rejected) > 1 else ""
+            raise Rejected(first_error.reason, first_error.detail + tried)
+        return sorted(made, key=lambda each: each.record.start)
+
+    def _make(self, source: _Source, window: _Window, watch: Stopwatch) -> MadeRecord:
+        options = self.options
+        # The finest step that divides the stride, so that every kept frame is also a tracked one.
+        substeps = max(n for n in range(1, options.substeps + 1) if window.stride % n == 0)
+        wanted = (window.length - 1) * substeps + 1
+
+        def resized(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
+            with watch("resize"):
+                return _to_track_size(frame, options)
+
+        with watch("decode"):
+            fine, _ = read_video(
+                source.path,
+                start=window.start / window.fps,
+                max_frames=wanted,
+                stride=window.stride // substeps,
+                each=resized,
+            )
+        if len(fine) < wanted:
+            raise VideoError(
+                f"{source.path} has only {len(fine)} frames of {wanted} from {window.start} on"
+            )
+        with watch("filter"):
+            small = thumbnails(fine)
+            _check_pictures(fine, small, options)
+            hashed = perceptual_hash(small[::substeps])
+        with watch("track"):
+            tracks = _track(fine, substeps, options, self.tracker)
+        with watch("resize"):
+            video, _ = resize_video(fine[::substeps], options.height, options.width)
+        flow = None
+        if options.flow_divisor:
+            with watch("flow"):
+                flow = self._flow(video)
+        fps = window.fps / window.stride
+        with watch("encode"):
+            encoded = encode_video(video, fps, crf=options.crf)
+        record = Record(
+            source_id=source.id,
+            caption=source.caption,
+            video=encoded,
+            fps=fps,
+            height=options.height,
+            width=options.width,
+            frames=window.length,
+            start=window.start / window.fps,
+            tracks=tracks,
+            flow=flow,
+        )
+        return MadeRecord(record, hashed)
+
+    def _flow(self, video: UInt8[np.ndarray, "t h w 3"]) -> Float16[np.ndarray, "t h w 2"]:
+        divisor = self.options.flow_divisor
+        height, width = video.shape[1] // divisor, video.shape[2] // divisor
+        flow = self.flow.estimate(video)
+        small = [cv2.resize(each, (width, height), interpolation=cv2.INTER_AREA) for each in flow]
+        return np.stack(small).astype(np.float16)
+
+
+class _Source(NamedTuple):
+    path: str | os.PathLike[str]
+    id: str
+    caption: str
+
+
+class _Window(NamedTuple):
+    """Frames of the source: the first, how many are kept, one in how many, and per second."""
+
+    start: int
+    length: int
+    stride: int
+    fps: float
+
+
+def _within(info: VideoInfo, span: tuple[float, float] | None) -> tuple[int, VideoInfo]:
+    """The first frame of the part of a video between two times, and the part as if it were all."""
+    if span is None:
+        return 0, info
+    first = max(0, round(span[0] * info.fps))
+    frames = min(info.frames, round(span[1] * info.fps)) - first
+    if frames < 1:
+        raise Rejected(
+            "too_short", f"{info.frames / info.fps:.2f} s, none from {span[0]:g} to {span[1]:g} s"
+        )
+    return first, dataclasses.replace(info, frames=frames)
+
+
+def _check_source(info: VideoInfo, options: ClipOptions) -> None:
+    scale = min(info.height / options.height, info.width / options.width)
+    if scale < options.min_scale:
+        raise Rejected(
+            "too_small",
+            f"{info.width}x{info.height}, at least {options.min_scale:g} of "
+            f"{options.width}x{options.height} is needed",
+        )
+    seconds = info.frames / info.fps
+    if seconds < options.min_seconds:
+        raise Rejected("too_short", f"{seconds:.2f} s, {options.min_seconds:g} s are needed")
+    if options.max_seconds and seconds > options.max_seconds:
+        raise Rejected("too_long", f"{seconds:.2f} s, {options.max_seconds:g} s are allowed")
+    if info.irregular > _MAX_IRREGULAR:
+        raise Rejected(
+            "variable_rate", f"{info.irregular:.0%} of the frames are shown for an unusual time"
+        )
 
 
 def _windows(info: VideoInfo, options: ClipOptions) -> tuple[list[int], int, int]:
@@ -163,65 +361,34 @@ def _windows(info: VideoInfo, options: ClipOptions) -> tuple[list[int], int, int
     return sorted(starts, key=lambda start: abs(start - middle)), length, stride
 
 
-def _make_record(
-    path: str | os.PathLike[str],
-    info: VideoInfo,
-    start: int,
-    length: int,
-    stride: int,
-    source_id: str,
-    caption: str,
-    options: ClipOptions,
-    tracker: PointTracker,
-) -> Record:
-    # The finest step that divides the stride, so that every kept frame is also a tracked one.
-    substeps = max(n for n in range(1, options.substeps + 1) if stride % n == 0)
-    wanted = (length - 1) * substeps + 1
-    fine, _ = read_video(path, start=start / info.fps, max_frames=wanted, stride=stride // substeps)
-    if len(fine) < wanted:
-        raise VideoError(f"{path} has only {len(fine)} frames of {wanted} from frame {start} on")
-    fine = _to_track_size(fine, options)
-    _check_cuts(fine)
-    tracks = _track(fine, substeps, options, tracker)
-    video, _ = resize_video(fine[::substeps], options.height, options.width)
-    fps = info.fps / stride
-    return Record(
-        source_id=source_id,
-        caption=caption,
-        video=encode_video(video, fps, crf=options.crf),
-        fps=fps,
-        height=options.height,
-        width=options.width,
-        frames=length,
-        start=start / info.fps,
-        tracks=tracks,
-        flow=_flow(video, options.flow_divisor) if options.flow_divisor else None,
-    )
-
-
 def _to_track_size(
-    video: UInt8[np.ndarray, "t h w 3"], options: ClipOptions
-) -> UInt8[np.ndarray, "t h w 3"]:
+    frame: UInt8[np.ndarray, "h w 3"], options: ClipOptions
+) -> UInt8[np.ndarray, "H W 3"]:
     """A picture of the records' shape, larger than theirs where the clip allows it."""
-    height, width = video.shape[1:3]
+    height, width = frame.shape[:2]
     most = min(height / options.height, width / options.width)
     side = min(options.height, options.width)
     scale = max(1.0, min(most, options.track_side / side))
-    return resize_video(video, round(options.height * scale), round(options.width * scale))[0]
+    size = round(options.height * scale), round(options.width * scale)
+    return resize_video(frame[None], *size)[0][0]
 
 
-def _check_cuts(video: UInt8[np.ndarray, "t h w 3"]) -> None:
-    histograms = []
-    for frame in video:
-        small = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA)
-        counts = cv2.calcHist([small], [0, 1, 2], None, [8, 8, 8], [0, 256] * 3)
-        histograms.append(counts.ravel() / 64**2)
-    for index in range(1, len(video)):
-        overlap = float(np.minimum(histograms[index - 1], histograms[index]).sum())
-        if overlap < _CUT_OVERLAP:
-            raise Rejected(
-                "cut", f"colours change at {_share(index, video)} (overlap {overlap:.2f})"
-            )
+def _check_pictures(
+    video: UInt8[np.ndarray, "t h w 3"], small: UInt8[np.ndarray, "t s s 3"], options: ClipOptions
+) -> None:
+    """What can be told of a window without tracking, which takes most of the time."""
+    overlap = colour_overlap(small)
+    worst = int(overlap.argmin())
+    if overlap[worst] < _CUT_OVERLAP:
+        raise Rejected(
+            "cut", f"colours change at {_share(worst, video)} (overlap {overlap[worst]:.2f})"
+        )
+    if is_still(small):
+        raise Rejected("static", "the picture does not change")
+    if options.max_text < 1:
+        text = text_share(video)
+        if text > options.max_text:
+            raise Rejected("text", f"burned-in text covers {text:.3f}")
 
 
 def _track(
@@ -261,13 +428,6 @@ def _track(
         )
     # A point seen in its first frame only says nothing of motion.
     return tracks.select(tracks.visible.sum(axis=1) >= 2)
-
-
-def _flow(video: UInt8[np.ndarray, "t h w 3"], divisor: int) -> Float16[np.ndarray, "t h w 2"]:
-    height, width = video.shape[1] // divisor, video.shape[2] // divisor
-    flow = DISFlow().estimate(video)
-    small = [cv2.resize(each, (width, height), interpolation=cv2.INTER_AREA) for each in flow]
-    return np.stack(small).astype(np.float16)
 
 
 def _share(index: int, video: np.ndarray) -> str:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -251,7 +252,11 @@ class ShardWriter:
 
     def write(self, record: Record) -> None:
         """Appends a record."""
-        self._writer.write(encode_record(record))
+        self.write_encoded(encode_record(record))
+
+    def write_encoded(self, data: bytes) -> None:
+        """Appends what `encode_record` made."""
+        self._writer.write(data)
         self.records += 1
 
     def __exit__(
@@ -357,33 +362,39 @@ def shard_name(index: int, count: int) -> str:
     return f"{DATASET}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
 
 
-def write_metadata(folder: Path, shards: Sequence[Mapping[str, Any]], description: str) -> None:
-    """Adds `dataset_info.json` and `features.json`, by which TFDS reads the folder.
+def tfds_metadata(shards: Sequence[Mapping[str, Any]], description: str) -> dict[str, str]:
+    """The files by which TFDS reads a folder: name to text, to be put beside the shards.
 
     Args:
-      folder: of shards named by `shard_name`.
-      shards: as the manifest lists them, all and in order, with `records` and `bytes`.
+      shards: as the manifest lists them, all and in order, named by `shard_name`, with `records`
+        and `bytes`.
       description: what the data set is.
     """
     import tensorflow_datasets as tfds
 
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record"
-    )
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[shard["records"] for shard in shards],
-        num_bytes=sum(shard["bytes"] for shard in shards),
-        filename_template=template,
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=os.fspath(folder),
-        features=record_features(),
-        split_infos=[split],
-        version=f"{SCHEMA_VERSION}.0.0",
-        description=description,
-        check_data=False,  # the check needs TensorFlow
-    )
+    # TFDS looks for the files that it describes; their names are all that it wants to know.
+    with tempfile.TemporaryDirectory(prefix="nuwa_jax_") as folder:
+        for shard in shards:
+            Path(folder, shard["name"]).touch()
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record"
+        )
+        split = tfds.core.SplitInfo(
+            name=SPLIT,
+            shard_lengths=[shard["records"] for shard in shards],
+            num_bytes=sum(shard["bytes"] for shard in shards),
+            filename_template=template,
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=folder,
+            features=record_features(),
+            split_infos=[split],
+            version=f"{SCHEMA_VERSION}.0.0",
+            description=description,
+            check_data=False,  # the check needs TensorFlow
+        )
+        written = Path(folder).glob("*.json")
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(written)}
 
 
 def hash_file(path: Path) -> str:

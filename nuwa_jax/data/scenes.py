@@ -92,6 +92,20 @@ def render_scene(seed: int, config: SceneConfig) -> Scene:
     )
 
 
+def true_tracks(seed: int, config: SceneConfig, points: Float[np.ndarray, "k 2"]) -> Tracks:
+    """Exact tracks of any points (x, y) of frame 0 of a scene, on the surface that is seen there.
+
+    A point on an outline belongs to the object whose outline holds it, which is what a tracker
+    that was given a corner there should follow, as hard as that may be.
+    """
+    layout = draw_layout(np.random.Generator(np.random.PCG64(seed)), config)
+    points = np.asarray(points, np.float64)
+    owner = np.zeros(len(points), np.int32)
+    for index, sprite in enumerate(layout.sprites, 1):
+        owner[sprite.contains(layout.inverses[index, 0], *points.T)] = index
+    return _follow(layout, config, apply(layout.inverses[owner, 0], points), owner)
+
+
 def _cover(layout: Layout, config: SceneConfig) -> UInt8[np.ndarray, "t h w"]:
     """The object at every pixel: painter's order, decided at the centres of pixels."""
     objects = np.zeros((config.frames, config.height, config.width), np.uint8)
@@ -127,8 +141,17 @@ def _track(
     local = [points[:1] for points in on_sprites] + [points[1:] for points in on_sprites]
     local.append(_background_points(rng, config))
     owner = np.repeat([*ids, *ids, 0], [len(points) for points in local]).astype(np.int32)
-    points = apply(layout.transforms[owner], np.concatenate(local)[:, None])  # [k t 2]
+    return _follow(layout, config, np.concatenate(local), owner), owner
 
+
+def _follow(
+    layout: Layout,
+    config: SceneConfig,
+    local: Float[np.ndarray, "k 2"],
+    owner: Int32[np.ndarray, " k"],
+) -> Tracks:
+    """Tracks of points given in the coordinates of the objects that own them."""
+    points = apply(layout.transforms[owner], local[:, None])  # [k t 2]
     x, y = points[..., 0], points[..., 1]
     hidden = np.zeros(x.shape, bool)
     for index, sprite in enumerate(layout.sprites, 1):
@@ -138,7 +161,7 @@ def _track(
     # Float32 as stored, so that the state and the stored position agree at the very border.
     stored = points.astype(np.float32)
     state = np.where(inside(stored, config.height, config.width), state, TrackState.OUTSIDE)
-    return Tracks(stored, state), owner
+    return Tracks(stored, state)
 
 
 def _points_on(

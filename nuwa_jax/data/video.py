@@ -11,7 +11,7 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,12 +42,14 @@ class VideoInfo:
       height, width: of the picture as it is shown, in pixels.
       frames: number of them.
       fps: frames per second, on average.
+      irregular: share of frames that are shown for a time other than the usual one.
     """
 
     height: int
     width: int
     frames: int
     fps: float
+    irregular: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,13 @@ def probe_video(source: str | os.PathLike[str] | bytes) -> VideoInfo:
     name = _name(source)
     with _opened(source) as (container, stream):
         packets = 0
+        times = []
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise VideoError(f"{name} is damaged at frame {packets}: copy or encode it again")
             packets += packet.size > 0
+            if packet.size > 0 and packet.pts is not None:
+                times.append(packet.pts)
         # A file that was cut off still has the number of frames in its header.
         if packets < stream.frames:
             raise VideoError(
@@ -82,7 +87,7 @@ def probe_video(source: str | os.PathLike[str] | bytes) -> VideoInfo:
         if packets == 0:
             raise VideoError(f"{name} has no frames")
         height, width = _shown_size(container, stream)
-        return VideoInfo(height, width, packets, _rate(stream, name))
+        return VideoInfo(height, width, packets, _rate(stream, name), _irregular(times))
 
 
 def read_video(
@@ -92,6 +97,7 @@ def read_video(
     max_frames: int | None = None,
     stride: int | None = None,
     fps: float | None = None,
+    each: Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "h w 3"]] | None = None,
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
     """Decodes a clip, or a part of it.
 
@@ -102,6 +108,8 @@ def read_video(
       stride: take every so manieth frame.
       fps: instead of `stride`: the stride that comes nearest to this rate, so that frames stay
         evenly spaced.
+      each: done to every frame that is taken, such as making it smaller: then large pictures need
+        not all be in memory.
 
     Returns:
       The frames and how many of them make a second.
@@ -115,6 +123,7 @@ def read_video(
         raise ValueError(f"max_frames is at least 1, got {max_frames}")
     name = _name(source)
     frames: list[UInt8[np.ndarray, "h w 3"]] = []
+    shape: tuple[int, ...] | None = None
     with _opened(source) as (container, stream):
         rate = _rate(stream, name)
         step = stride_for(rate, fps) if fps is not None else stride or 1
@@ -125,13 +134,15 @@ def read_video(
             if index % step:
                 continue
             picture = _to_rgb(frame, reformatter, crop)
+            if shape is not None and picture.shape != shape:
+                raise VideoError(f"{name} changes its picture size at frame {index}")
+            shape = picture.shape
+            picture = picture if each is None else each(picture)
             if (len(frames) + 1) * picture.nbytes > MAX_CLIP_BYTES:
                 raise VideoError(
                     f"{name} takes more than {MAX_CLIP_BYTES >> 30} GiB decoded: ask for fewer "
                     "frames with max_frames"
                 )
-            if frames and picture.shape != frames[0].shape:
-                raise VideoError(f"{name} changes its picture size at frame {index}")
             frames.append(picture)
             if len(frames) == max_frames:
                 break
@@ -194,9 +205,11 @@ def write_video(
 
 
 def encode_video(video: UInt8[np.ndarray, "t h w 3"], fps: float, *, crf: int = 18) -> bytes:
-    """The bytes of an mp4 for records: one key frame, tuned to be decoded quickly."""
+    """The bytes of an mp4 for records: one key frame, quick to encode and to decode."""
     buffer = io.BytesIO()
-    options = {"crf": str(crf), "tune": "fastdecode", "g": str(len(video))}
+    # On clips of 16 frames, veryfast takes a third of the default preset's time for files 2 %
+    # smaller and 0.45 dB worse.
+    options = {"crf": str(crf), "preset": "veryfast", "tune": "fastdecode", "g": str(len(video))}
     _encode(buffer, video, fps, options, {}, {})
     return buffer.getvalue()
 
@@ -351,6 +364,14 @@ def _shown_size(container: av.container.InputContainer, stream: av.VideoStream) 
     for frame in container.decode(stream):
         return (width, height) if _quarter_turns(frame) % 2 else (height, width)
     return height, width
+
+
+def _irregular(times: list[int]) -> float:
+    """Share of the steps between time stamps that are not within a half of the median step."""
+    steps = np.diff(np.sort(times))
+    if not len(steps):
+        return 0.0
+    return float((np.abs(steps - np.median(steps)) > 0.5 * np.median(steps)).mean())
 
 
 def _rate(stream: av.VideoStream, name: str) -> float:

@@ -3,44 +3,52 @@
 python -m nuwa_jax.data.webvid --csv=results.csv --root=videos --out=prepared
 python -m nuwa_jax.data.webvid --root=folder --out=prepared      every video; captions: file names
 
-The csv is WebVid's: videoid,contentUrl,duration,page_dir,name. A video is looked for under --root
-as contentUrl, page_dir/videoid.mp4 and videoid.mp4. Every input ends either in records or, with its
-reason, in rejects.jsonl; the last line of output is one JSON object with the counts.
+The csv is WebVid's, videoid,contentUrl,duration,page_dir,name; --layout names others. A video is
+looked for under --root as contentUrl, page_dir/videoid.mp4 and videoid.mp4. --csv, --root and --out
+may be URLs of buckets. Every input ends either in records or, with its reason, in rejects.jsonl;
+the last line of output is one JSON object with the counts. docs/data.md tells the rest.
 """
 
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import os
-import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
-import nuwa_jax
-from nuwa_jax.data.prepare import ClipOptions, Rejected, make_records
+from nuwa_jax.data.prepare import ClipOptions
 from nuwa_jax.data.records import (
     DATASET,
     FORMAT,
     MANIFEST,
     SCHEMA_VERSION,
-    ShardWriter,
-    hash_file,
     shard_name,
-    write_metadata,
+    tfds_metadata,
 )
+from nuwa_jax.data.runners import RUNNERS, BeamRunner, LocalRunner, Runner
+from nuwa_jax.data.shards import (
+    PARTS,
+    PLAN,
+    Job,
+    clip_pool,
+    find_removals,
+    make_plan,
+    read_json,
+    read_stats,
+    sealed_shards,
+    seconds_by_stage,
+    unseal,
+    write_shard,
+)
+from nuwa_jax.data.sources import LAYOUTS
+from nuwa_jax.data.storage import Folder
 from nuwa_jax.errors import UserError, run_main
-from nuwa_jax.motion.estimators import LucasKanadeTracker
 
-COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv")
 REJECTS = "rejects.jsonl"
 
 # Everything that belongs to shards, of whatever run.
@@ -48,20 +56,21 @@ _SHARD_FILES = f"{DATASET}-*-of-*"
 
 
 @dataclasses.dataclass(frozen=True)
-class Input:
-    """One row of the csv, or one file of the folder.
+class Limits:
+    """When a run has failed although it came to its end: shares of the inputs, from 0 to 1.
 
     Attributes:
-      id: `page_dir__videoid`, or the path below the folder.
-      caption: what is seen.
-      path: of the video; None if it was not found.
-      fault: (reason, detail) if it is known without looking into the video.
+      max_rejected: that may be rejected, for whatever reason.
+      max_bugs: that may be rejected because of a fault of this program (reasons `bug:...`).
     """
 
-    id: str
-    caption: str
-    path: Path | None
-    fault: tuple[str, str] | None = None
+    max_rejected: float = 0.95
+    max_bugs: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise UserError(f"--{name} is a share from 0 to 1, got {value}")
 
 
 def prepare(
@@ -70,296 +79,243 @@ def prepare(
     out: str | os.PathLike[str],
     options: ClipOptions,
     *,
+    layout: str | None = None,
     num_shards: int = 1,
     overwrite: bool = False,
+    runner: Runner | None = None,
+    estimator: str = "lk_dis",
+    estimator_weights: str = "",
+    limits: Limits = Limits(),
 ) -> dict[str, Any]:
     """Makes a folder of records from a csv, or from every video of a folder.
 
     Shards that are there already and were made of the same inputs with the same options are kept,
     so that an interrupted run goes on where it was.
 
+    Args:
+      csv_path: path or URL; None takes the files of `root`.
+      root: folder that holds the videos, path or URL.
+      out: folder for the records, path or URL.
+      options: how clips become records.
+      layout: of the csv or the folder; by default webvid with a csv, folder without.
+      num_shards: to make.
+      overwrite: replace records of other clips or options.
+      runner: what calls the units of work; by default this machine's processes.
+      estimator: what follows points and estimates flow, see `nuwa_jax.estimation`.
+      estimator_weights: path of its weights.
+      limits: when the run counts as failed.
+
     Returns:
       The counts: `inputs` is the sum of `accepted` and `rejects`; `records` equals `accepted`
-      unless clips have several windows; `reasons` counts rejects.
+      unless clips have several windows; `reasons` counts rejects. `clips`, the inputs that were
+      looked into, the `bytes` of the shards, and `seconds_by_stage`, CPU seconds of the runs that
+      made them (no time is in the folder's manifest).
 
     Raises:
-      UserError: the csv or the folder is not usable, `out` holds something else, or every input
-        was rejected (then `rejects.jsonl` is there, but no manifest).
+      UserError: the csv or the folder is not usable, `out` holds something else, or the limits were
+        passed (then `rejects.jsonl` is there, but no manifest).
     """
-    if num_shards < 1:
-        raise UserError(f"--num_shards is at least 1, got {num_shards}")
-    root, out = Path(root), Path(out)
-    if not root.is_dir():
-        raise UserError(f"--root={root} is not a folder: name the folder that holds the videos")
-    inputs = list_inputs(root) if csv_path is None else read_csv(Path(csv_path), root)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be made: {error.strerror}") from error
-    fingerprint = _fingerprint(inputs, options)
-    _check_out(out, fingerprint, num_shards, overwrite)
-    for abandoned in out.glob(".*.tmp"):
-        abandoned.unlink()
-    (out / MANIFEST).unlink(missing_ok=True)  # from here on until the end, `out` is not complete
-    shards = [write_shard(inputs, i, num_shards, out, options) for i in range(num_shards)]
-    return _finish(out, shards, options, fingerprint)
+    job = make_job(csv_path, root, out, options, layout, num_shards, estimator, estimator_weights)
+    start(job, overwrite=overwrite)
+    runner = runner or LocalRunner()
+    runner.write(job, range(num_shards))
+    return finish(job, runner, limits)
 
 
-def read_csv(path: Path, root: Path) -> list[Input]:
-    """The rows of a WebVid csv.
+def make_job(
+    csv_path: str | os.PathLike[str] | None,
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: ClipOptions,
+    layout: str | None = None,
+    num_shards: int = 1,
+    estimator: str = "lk_dis",
+    estimator_weights: str = "",
+) -> Job:
+    """The job that these arguments of `prepare` name."""
+    return Job(
+        layout=layout or ("folder" if csv_path is None else "webvid"),
+        csv="" if csv_path is None else os.fspath(csv_path),
+        root=os.fspath(root),
+        out=os.fspath(out),
+        num_shards=num_shards,
+        options=options,
+        estimator=estimator,
+        estimator_weights=estimator_weights,
+    )
+
+
+def start(job: Job, *, overwrite: bool = False) -> None:
+    """Plans the job and makes its folder ready. Until `finish`, the folder is not complete.
 
     Raises:
-      UserError: it cannot be read, lacks a column or has no rows.
+      UserError: the inputs are not usable, or the folder holds something else.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            missing = [column for column in COLUMNS if column not in columns]
-            if missing:
-                raise UserError(
-                    f"{path} lacks the column {', '.join(missing)} (it has: {', '.join(columns)}): "
-                    f"its first line must name {','.join(COLUMNS)}"
-                )
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--csv={path} cannot be read: {error}") from error
-    if not rows:
-        raise UserError(f"{path} has no rows: nothing to prepare")
-    inputs = []
-    for number, row in enumerate(rows, 2):
-        values = {column: (row[column] or "").strip() for column in COLUMNS}
-        if not values["videoid"]:
-            fault = ("bad_row", f"row {number} of {path.name} has no videoid")
-            inputs.append(Input(f"row {number}", values["name"], None, fault))
-            continue
-        parts = (values["page_dir"], values["videoid"])
-        name = "__".join(part for part in parts if part)
-        inputs.append(Input(name, values["name"], _find(root, values)))
-    return _without_repeats(inputs)
+    out = Folder(job.out)
+    out.make()
+    make_plan(job, lambda plan: _check_out(job, plan, overwrite))
+    out.remove(MANIFEST)
 
 
-def list_inputs(root: Path) -> list[Input]:
-    """Every video file below a folder, in the order of their names; hidden ones are left out.
+def finish(job: Job, runner: Runner, limits: Limits = Limits()) -> dict[str, Any]:
+    """Removes near-duplicates of written shards, and writes the lists and the manifest.
+
+    Returns:
+      See `prepare`.
 
     Raises:
-      UserError: there is none.
+      UserError: shards are missing, or the limits were passed.
     """
-    inputs = []
-    for path in sorted(root.rglob("*")):
-        below = path.relative_to(root)
-        if path.suffix.lower() not in VIDEO_SUFFIXES or not path.is_file():
-            continue
-        if any(part.startswith(".") for part in below.parts):
-            continue
-        caption = " ".join(path.stem.replace("_", " ").replace("-", " ").split())
-        inputs.append(Input(below.as_posix(), caption, path))
-    if not inputs:
-        raise UserError(
-            f"--root={root} has no video files ({' '.join(VIDEO_SUFFIXES)}): name another folder, "
-            "or a --csv"
-        )
-    return inputs
-
-
-def write_shard(
-    inputs: Sequence[Input], index: int, count: int, out: Path, options: ClipOptions
-) -> dict[str, Any]:
-    """Makes shard `index` of `count`, of every `count`-th input; returns what is in it.
-
-    The unit of work on one machine or many: it depends on nothing but its arguments, writes under
-    temporary names, and does nothing if the same shard is there already.
-    """
-    name = shard_name(index, count)
-    path, stats_path = out / name, out / f"{name}.json"
-    mine = inputs[index::count]
-    fingerprint = _fingerprint(mine, options)
-    stats = _read_stats(stats_path)
-    if stats and stats["fingerprint"] == fingerprint and _size(path) == stats["bytes"]:
-        return stats
-    stats_path.unlink(missing_ok=True)
-
-    tracker = LucasKanadeTracker()
-    rejects: list[dict[str, str]] = []
-    accepted = 0
-    lengths: list[int] = []
-    progress = _Progress(name, len(mine))
-    with ShardWriter(path) as writer:
-        for input in mine:
-            try:
-                if input.fault:
-                    raise Rejected(*input.fault)
-                if input.path is None:
-                    raise Rejected("missing", "no such file under --root")
-                for record in make_records(input.path, input.id, input.caption, options, tracker):
-                    writer.write(record)
-                    lengths.append(record.frames)
-                accepted += 1
-            except Rejected as error:
-                rejects.append({"id": input.id, "reason": error.reason, "detail": error.detail})
-            progress.report(accepted, len(rejects))
-    stats = {
-        "name": path.name,
-        "fingerprint": fingerprint,
-        "tracker": tracker.name,
-        "bytes": _size(path),
-        "sha256": hash_file(path),
-        "inputs": len(mine),
-        "accepted": accepted,
-        "records": writer.records,
-        "min_frames": min(lengths, default=0),
-        "max_frames": max(lengths, default=0),
-        "rejects": rejects,
-    }
-    _write_text(stats_path, json.dumps(stats, indent=1))
-    return stats
-
-
-def _find(root: Path, row: dict[str, str]) -> Path | None:
-    tries = [row["contentUrl"], f"{row['page_dir']}/{row['videoid']}.mp4", f"{row['videoid']}.mp4"]
-    for name in tries:
-        parts = PurePosixPath(name)
-        # A csv comes from elsewhere: it names files below the root and no others.
-        if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name:
-            continue
-        if (root / parts).is_file():
-            return root / parts
-    return None
-
-
-def _without_repeats(inputs: Iterable[Input]) -> list[Input]:
-    seen: set[str] = set()
-    unique = []
-    for input in inputs:
-        if input.id in seen and input.fault is None:
-            input = dataclasses.replace(input, fault=("repeated", "an earlier row has this id"))
-        seen.add(input.id)
-        unique.append(input)
-    return unique
-
-
-def _fingerprint(inputs: Sequence[Input], options: ClipOptions) -> str:
-    """Changes with the files, captions, options and programs that the records depend on."""
-    files = []
-    for input in inputs:
-        status = input.path.stat() if input.path else None
-        size, changed = (status.st_size, status.st_mtime_ns) if status else (None, None)
-        files.append((input.id, input.caption, input.fault, str(input.path), size, changed))
-    made_by = (SCHEMA_VERSION, LucasKanadeTracker().name, dataclasses.asdict(options))
-    return hashlib.sha256(json.dumps([files, made_by]).encode()).hexdigest()
-
-
-def _check_out(out: Path, fingerprint: str, num_shards: int, overwrite: bool) -> None:
-    """Refuses to mix with records of something else; with `overwrite`, removes them."""
-    ours = {shard_name(i, num_shards) for i in range(num_shards)}
-    others = [
-        path for path in out.glob(_SHARD_FILES) if path.name.removesuffix(".json") not in ours
-    ]
-    old = _read_stats(out / MANIFEST)
-    if (out / MANIFEST).exists() and (old is None or old.get("format") != FORMAT):
-        raise UserError(f"{out / MANIFEST} is not of prepared clips: name another folder as --out")
-    same = not others and (old is None or old["fingerprint"] == fingerprint)
-    if overwrite:
-        for path in out.glob(_SHARD_FILES):
-            path.unlink()
-    elif not same:
-        raise UserError(
-            f"--out={out} holds records of other clips or options: add --overwrite to replace "
-            "them, or name another folder"
-        )
-
-
-def _finish(
-    out: Path, shards: Sequence[dict[str, Any]], options: ClipOptions, fingerprint: str
-) -> dict[str, Any]:
-    rejects = [reject for shard in shards for reject in shard["rejects"]]
-    reasons = collections.Counter(reject["reason"] for reject in rejects)
+    out = Folder(job.out)
+    removals = find_removals(job)
+    again = [index for index, removed in enumerate(removals) if unseal(job, index, removed)]
+    if again:
+        runner.write(job, again)
+    inputs, rejects, made_by = _outcome(job, removals)
     lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-    _write_text(out / REJECTS, lines)
-    counts = {key: sum(each[key] for each in shards) for key in ("inputs", "accepted", "records")}
-    counts |= {"rejects": len(rejects), "reasons": dict(reasons.most_common())}
-    if counts["accepted"] + counts["rejects"] != counts["inputs"]:
-        raise RuntimeError(f"inputs were lost or counted twice: {counts}")
-    if not counts["records"]:
-        reason = reasons.most_common(1)[0][0]
-        example = next(reject for reject in rejects if reject["reason"] == reason)
-        raise UserError(
-            f"all {counts['inputs']} inputs were rejected, mostly as {reason!r} (such as "
-            f"{example['id']}: {example['detail']}): see {out / REJECTS}"
-        )
+    out.write_text(REJECTS, lines)
+    _check_limits(inputs, rejects, limits, f"{out.url}/{REJECTS}")
+    runner.seal(job, list(enumerate(removals)))
+    shards = list(sealed_shards(job))
+
+    reasons = collections.Counter(reject["reason"] for reject in rejects)
+    counts = {
+        "inputs": inputs,
+        "accepted": inputs - len(rejects),
+        "records": sum(shard["records"] for shard in shards),
+        "rejects": len(rejects),
+        "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+    }
     filled = [shard for shard in shards if shard["records"]]
-    packages = ("numpy", "opencv-python-headless", "av", "array-record", "tensorflow-datasets")
     manifest = {
         "format": FORMAT,
         "version": SCHEMA_VERSION,
         **counts,
-        "height": options.height,
-        "width": options.width,
+        "height": job.options.height,
+        "width": job.options.width,
         "min_frames": min(shard["min_frames"] for shard in filled),
         "max_frames": max(shard["max_frames"] for shard in filled),
-        "tracker": filled[0]["tracker"],
+        "estimator": job.estimator,
+        "estimator_weights": job.weights_hash(),
+        **made_by,
         "encoders": {},
-        "options": dataclasses.asdict(options),
-        "fingerprint": fingerprint,
-        "versions": {"nuwa_jax": nuwa_jax.__version__}
-        | {package: importlib.metadata.version(package) for package in packages},
+        "layout": job.layout,
+        "options": dataclasses.asdict(job.options),
+        "fingerprint": job.fingerprint(read_json(out / PLAN, "plan.json")["hash"]),
+        "versions": job.versions(),
         "shards": [
             {key: shard[key] for key in ("name", "records", "bytes", "sha256")} for shard in shards
         ],
     }
-    write_metadata(out, manifest["shards"], "Clips with captions and point tracks.")
-    _write_text(out / MANIFEST, json.dumps(manifest, indent=1))
-    return counts
+    described = tfds_metadata(manifest["shards"], "Clips with captions and point tracks.")
+    for name, text in described.items():
+        out.write_text(name, text)
+    out.write_text(MANIFEST, json.dumps(manifest, indent=1))
+    for folder in (out, out / PARTS, out / PLAN):
+        folder.remove_temporary()
+    return counts | {
+        "clips": inputs - reasons["missing"] - reasons["bad_row"] - reasons["repeated"],
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "seconds_by_stage": seconds_by_stage(job),
+    }
 
 
-class _Progress:
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total = name, total
-        self._start = self._last = time.monotonic()
-
-    def report(self, accepted: int, rejected: int) -> None:
-        """One line every ten seconds, and one at the end."""
-        now, done = time.monotonic(), accepted + rejected
-        if now - self._last < 10 and done < self._total:
-            return
-        self._last = now
-        pace = (now - self._start) / done
-        print(
-            f"{self._name}: {done}/{self._total} clips, {rejected} rejected, {pace:.2f} s a clip, "
-            f"{pace * (self._total - done):.0f} s left",
-            flush=True,
+def _check_out(job: Job, plan: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuses to mix with records of something else; with `overwrite`, removes them."""
+    out = Folder(job.out)
+    parts, old_plan = out / PARTS, read_json(out / PLAN, "plan.json")
+    manifest = read_json(out, MANIFEST)
+    if out.size(MANIFEST) >= 0 and (manifest is None or manifest.get("format") != FORMAT):
+        raise UserError(f"{out.url}/{MANIFEST} is not of prepared clips: name another folder")
+    shards = [name for folder in (out, parts) for name in folder.list(_SHARD_FILES)]
+    if not shards and manifest is None:
+        return
+    if overwrite:
+        for folder in (out, parts):
+            for name in folder.list(_SHARD_FILES):
+                folder.remove(name)
+        return
+    ours = {shard_name(index, job.num_shards) for index in range(job.num_shards)}
+    others = [name for name in shards if not name.startswith(tuple(ours))]
+    same = not others and old_plan is not None and old_plan["hash"] == plan["hash"]
+    if manifest is not None:
+        same &= manifest["fingerprint"] == job.fingerprint(plan["hash"])
+    if not same:
+        raise UserError(
+            f"--out={out.url} holds records of other clips, options or versions: add --overwrite "
+            "to replace them, or name another folder"
         )
 
 
-def _read_stats(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is none or it was not written by this version."""
-    try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return stats if isinstance(stats, dict) and "fingerprint" in stats else None
+def _outcome(
+    job: Job, removals: Sequence[Sequence[tuple[int, str]]]
+) -> tuple[int, list[dict[str, str]], dict[str, str]]:
+    """How many inputs there were, those without a record in the order of the list, and by whom.
+
+    Raises:
+      RuntimeError: an input is in none of records and rejects, or in both.
+    """
+    inputs, rejects, made_by = 0, [], {}
+    for index, removed in enumerate(removals):
+        stats = read_stats(job, index)
+        ends = [each["position"] for each in stats["clips"] + stats["rejects"]]
+        if len(ends) != stats["inputs"] or len(set(ends)) != len(ends):
+            raise RuntimeError(f"inputs of {stats['name']} were lost or counted twice")
+        inputs += len(ends)
+        rejects += stats["rejects"]
+        for clip, detail in removed:
+            entry = {key: stats["clips"][clip][key] for key in ("id", "path", "position")}
+            rejects.append(entry | {"reason": "duplicate", "detail": detail})
+        if stats["clips"]:
+            made_by = {key: stats[key] for key in ("tracker", "flow")}
+    rejects.sort(key=lambda reject: reject["position"])
+    keys = ("id", "path", "reason", "detail")
+    return inputs, [{key: reject[key] for key in keys} for reject in rejects], made_by
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _check_limits(
+    inputs: int, rejects: Sequence[Mapping[str, str]], limits: Limits, where: str
+) -> None:
+    bugs = [reject for reject in rejects if reject["reason"].startswith("bug:")]
+    if len(bugs) > limits.max_bugs * inputs:
+        first = bugs[0]
+        raise UserError(
+            f"a fault of this program rejected {len(bugs)} of {inputs} inputs, such as "
+            f"{first['id']} ({first['reason']}: {first['detail']}): see {where}; report it, or "
+            "raise --max_bugs"
+        )
+    if len(rejects) == inputs or len(rejects) > limits.max_rejected * inputs:
+        reasons = collections.Counter(reject["reason"] for reject in rejects)
+        reason = reasons.most_common(1)[0][0]
+        first = next(reject for reject in rejects if reject["reason"] == reason)
+        share = "all" if len(rejects) == inputs else f"{len(rejects)} of"
+        raise UserError(
+            f"{share} {inputs} inputs were rejected, mostly as {reason!r} (such as {first['id']}: "
+            f"{first['detail']}): see {where}; --max_rejected={limits.max_rejected:g} is allowed"
+        )
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("csv", None, "WebVid csv; without it, every video under --root is taken.")
+    flags.DEFINE_string("csv", None, "List of clips; without it, every video under --root.")
     flags.DEFINE_string("root", None, "Folder that holds the videos.")
     flags.DEFINE_string("out", None, "Folder for shards, manifest.json and rejects.jsonl.")
+    flags.DEFINE_enum("layout", None, LAYOUTS, "What the csv or the folder looks like.")
     flags.DEFINE_integer("num_shards", 1, "Shards to write.")
     flags.DEFINE_bool("overwrite", False, "Replace records of other clips or options in --out.")
+    flags.DEFINE_enum("runner", "local", RUNNERS, "What calls the units of work.")
+    flags.DEFINE_integer("workers", 0, "Processes of the local runner; 0: one per core.")
+    flags.DEFINE_string("beam_options", "", "Options of Beam's pipeline, as on a command line.")
+    flags.DEFINE_float("clip_timeout", 300.0, "Seconds after which a clip is given up.")
+    flags.DEFINE_string("estimator", "lk_dis", "What follows points: lk_dis, gmflow or tapir.")
+    flags.DEFINE_string("estimator_weights", "", "Weights of the estimator.")
+    flags.DEFINE_bool("plan", False, "Array job, first: only list what each shard has.")
+    flags.DEFINE_integer("shard_index", None, "Array job: make only this shard of --num_shards.")
+    flags.DEFINE_bool("finish", False, "Array job, last: join the shards that were made.")
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    meanings = _meanings(ClipOptions.__doc__ or "")
-    for field in dataclasses.fields(ClipOptions):
-        define[type(field.default)](field.name, field.default, meanings.get(field.name, ""))
+    for cls in (ClipOptions, Limits):
+        meanings = _meanings(cls.__doc__ or "")
+        for field in dataclasses.fields(cls):
+            define[type(field.default)](field.name, field.default, meanings.get(field.name, ""))
 
 
 def _meanings(docstring: str) -> dict[str, str]:
@@ -377,24 +333,53 @@ def _meanings(docstring: str) -> dict[str, str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the flags, prepares, prints the counts."""
+    """Reads the flags, does what they ask for, prints the counts."""
     values = flags.FLAGS
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: use --csv= --root= --out=")
     for name in ("root", "out"):
         if not values[name].value:
             raise UserError(f"--{name} is needed: {values[name].help}")
-    options = ClipOptions(
-        **{field.name: values[field.name].value for field in dataclasses.fields(ClipOptions)}
-    )
-    counts = prepare(
+
+    def built(cls: type) -> Any:
+        return cls(**{field.name: values[field.name].value for field in dataclasses.fields(cls)})
+
+    job = make_job(
         values.csv,
         values.root,
         values.out,
-        options,
-        num_shards=values.num_shards,
-        overwrite=values.overwrite,
+        built(ClipOptions),
+        values.layout,
+        values.num_shards,
+        values.estimator,
+        values.estimator_weights,
     )
+    limits = built(Limits)
+    if (values.shard_index is not None) + values.plan + values.finish > 1:
+        raise UserError("--plan, --shard_index and --finish are three steps: give one of them")
+    if values.runner == "beam":
+        runner = BeamRunner(shlex.split(values.beam_options), values.clip_timeout)
+    else:
+        runner = LocalRunner(values.workers, values.clip_timeout)
+
+    if values.shard_index is not None:
+        if not 0 <= values.shard_index < job.num_shards:
+            raise UserError(
+                f"--shard_index is from 0 to {job.num_shards - 1}, got {values.shard_index}"
+            )
+        with clip_pool(job, values.workers or os.cpu_count() or 1, values.clip_timeout) as pool:
+            stats = write_shard(job, values.shard_index, pool)
+        counts = {"shard": stats["name"], "inputs": stats["inputs"]}
+        counts |= {"accepted": len(stats["clips"]), "rejects": len(stats["rejects"])}
+    elif values.finish:
+        counts = finish(job, runner, limits)
+    else:
+        start(job, overwrite=values.overwrite)
+        if values.plan:
+            counts = read_json(Folder(job.out) / PLAN, "plan.json")
+        else:
+            runner.write(job, range(job.num_shards))
+            counts = finish(job, runner, limits)
     print(json.dumps(counts))
 
 

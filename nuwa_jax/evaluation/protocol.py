@@ -39,6 +39,7 @@ from nuwa_jax.evaluation.report import metrics_table
 from nuwa_jax.evaluation.template_tracker import TemplateTracker
 from nuwa_jax.generation import overlay
 from nuwa_jax.generation.generator import Generator
+from nuwa_jax.motion import drawing
 from nuwa_jax.motion.estimators import PointTracker
 from nuwa_jax.motion.persistent_tracker import PersistentTracker
 from nuwa_jax.motion.tracks import Tracks, TrackState, net_displacement
@@ -305,9 +306,9 @@ def contact_sheet(samples: Sequence[Sample]) -> UInt8[np.ndarray, "H W 3"]:
     rows, labels = [], []
     for sample in samples:
         videos, drags = sample.videos, sample.task.drags
-        row = [overlay.draw_drags(sample.task.scene.video[0], drags, scale=scale)]
-        row += [overlay.enlarge(videos[name][i], scale) for name, _ in parts for i in picked]
-        row.append(overlay.draw_drags(videos["drag"][-1], drags, frame=last, scale=scale))
+        row = [drawing.draw_drags(sample.task.scene.video[0], drags, scale=scale)]
+        row += [drawing.enlarge(videos[name][i], scale) for name, _ in parts for i in picked]
+        row.append(drawing.draw_drags(videos["drag"][-1], drags, frame=last, scale=scale))
         rows.append(row)
         errors = sample.scores["trajectory_error"]
         labels.append(
@@ -328,7 +329,7 @@ def write(evaluation: Evaluation, out: pathlib.Path) -> None:
         scale = math.ceil(160 / min(scene.video.shape[1:3]))
         panels = [overlay.overlay_video(scene.video, drags, scale=scale)]
         for name in ("drag", "no_drag"):
-            panels.append(np.stack([overlay.enlarge(f, scale) for f in sample.videos[name]]))
+            panels.append(np.stack([drawing.enlarge(f, scale) for f in sample.videos[name]]))
         path = out / "videos" / f"scene_{sample.task.index}.mp4"
         write_video(path, overlay.side_by_side(panels), scene.fps)
     Image.fromarray(contact_sheet(evaluation.shown)).save(out / "contact_sheet.png")

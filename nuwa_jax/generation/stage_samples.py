@@ -13,7 +13,8 @@ from nuwa_jax.data.pipeline import held_out_scene
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import Model
 from nuwa_jax.models.video_ldm import VideoLDM, to_float, to_uint8
-from nuwa_jax.motion.tracks import sample_trajectories
+from nuwa_jax.motion.schedules import at_end
+from nuwa_jax.motion.trajectory_samplers import sample_trajectories
 from nuwa_jax.training.curriculum import Params, Stage
 
 NUM_SAMPLES = 4
@@ -33,11 +34,12 @@ class StageSamples:
         scenes = [held_out_scene(index, data) for index in range(NUM_SAMPLES)]
         self._video = np.stack([scene.video for scene in scenes])
         self._text = [scene.caption for scene in scenes]
+        sampler = at_end(data.sampler)  # the same clips and drags throughout the run
         drags = [
             sample_trajectories(
                 scene.tracks,
                 np.random.default_rng(index),
-                data.sampler,
+                sampler,
                 data.height,
                 data.width,
                 scene.track_object,

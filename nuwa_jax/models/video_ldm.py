@@ -18,6 +18,7 @@ from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedder, Dr
 from nuwa_jax.models.flow_encoder import FlowEncoder, FlowEncoderConfig, FlowFeature, FlowHeads
 from nuwa_jax.models.layers import sinusoids
 from nuwa_jax.models.lora import init_lora
+from nuwa_jax.models.sections import section, text_section
 from nuwa_jax.models.text import TextEncoder, TextEncoderConfig, token_mask
 from nuwa_jax.models.unet import UNet, UNetConfig
 
@@ -80,10 +81,10 @@ class VideoLDM:
     @classmethod
     def from_config(cls, config: Any) -> VideoLDM:
         """Builds the model from `config.model` of a config file."""
-        drag = _section(DragAttentionConfig, config.get("drag"))
-        flow = _section(FlowEncoderConfig, config.get("flow_encoder"))
-        autoencoder = _section(AutoencoderConfig, config.autoencoder)
-        unet = _section(UNetConfig, config.unet)
+        drag = section(DragAttentionConfig, config.get("drag"))
+        flow = section(FlowEncoderConfig, config.get("flow_encoder"))
+        autoencoder = section(AutoencoderConfig, config.autoencoder)
+        unet = section(UNetConfig, config.unet)
         unet = dataclasses.replace(
             unet,
             out_channels=autoencoder.latent_channels,
@@ -95,8 +96,8 @@ class VideoLDM:
             autoencoder=autoencoder,
             unet=unet,
             flow_encoder=flow,
-            text=_text_section(config.get("text")),
-            image_encoder=_section(ClipVisionConfig, config.get("image_encoder")),
+            text=text_section(config.get("text")),
+            image_encoder=section(ClipVisionConfig, config.get("image_encoder")),
             vector=tuple(config.vector),
             motion_bucket=config.get("motion_bucket", 4.0),
             augmentation=config.get("augmentation", 0.0),
@@ -480,25 +481,3 @@ def _init(module: Any, key: PRNGKeyArray, *args: Any) -> Params:
     # Runs once: compiling it well costs far more than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(module.init, compiler_options=options)(key, *args).get("params", {})
-
-
-def _text_section(config: Any) -> TextEncoderConfig | ClipTextConfig | None:
-    """`model.text`, whose `kind` says which encoder it is: one of bytes unless it says "clip"."""
-    if config is None:
-        return None
-    kinds = {"bytes": TextEncoderConfig, "clip": ClipTextConfig}
-    kind = config.get("kind", "bytes")
-    if kind not in kinds:
-        raise UserError(f"model.text.kind must be one of {tuple(kinds)}, got {kind!r}")
-    return _section(kinds[kind], {k: v for k, v in config.items() if k != "kind"})
-
-
-def _section(cls: type, config: Any) -> Any:
-    """A dataclass from a config section; lists become tuples, an unknown key is an error."""
-    if config is None:
-        return None
-    names = {field.name for field in dataclasses.fields(cls)}
-    unknown = set(config) - names
-    if unknown:
-        raise UserError(f"{cls.__name__} has no {sorted(unknown)}: its keys are {sorted(names)}")
-    return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()})

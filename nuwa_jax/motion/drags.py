@@ -229,11 +229,18 @@ class DragSet:
         return Tracks(points, state)
 
     @staticmethod
-    def from_tracks(tracks: Tracks, width: int, height: int, fps: float) -> DragSet:
+    def from_tracks(
+        tracks: Tracks,
+        width: int,
+        height: int,
+        fps: float,
+        camera: Bool[np.ndarray, " k"] | None = None,
+    ) -> DragSet:
         """Writes tracks as drags with one point per frame, exactly still ones as anchors.
 
         Tracks that are nowhere specified (padding) are left out. A file cannot say "unspecified":
-        a track that begins late or ends early is held where it was first or last specified.
+        a track that begins late or ends early is held where it was first or last specified. Those
+        that move and are marked in `camera` become drags of kind "camera".
         """
         drags = []
         for k in range(tracks.num_tracks):
@@ -248,8 +255,9 @@ class DragSet:
                 continue
             times = tuple((known - start) / (end - start))
             points = tuple(map(tuple, path))
+            kind = "drag" if camera is None or not camera[k] else "camera"
             drags.append(
-                Drag(kind="drag", points=points, times=times, start=start, end=end, **shared)
+                Drag(kind=kind, points=points, times=times, start=start, end=end, **shared)
             )
         made = DragSet(width, height, tracks.num_frames, fps, tuple(drags))
         return DragSet.from_json(made.to_json())

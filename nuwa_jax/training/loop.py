@@ -40,6 +40,7 @@ from nuwa_jax.training.curriculum import (
     stages_from_config,
 )
 from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
+from nuwa_jax.training.precomputed import check_encoders
 from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
@@ -185,7 +186,7 @@ class _Run:
             window=meta.window,
             write=self.main,
         )
-        batches = self._batches(stage, meta.position)
+        batches = self._batches(stage, meta.position, position)
         if meta.step and batches.fingerprint != meta.clips and not self.data.allow_changed_clips:
             batches.close()
             folders = ", ".join(s.path for s in self.data.mixed_sources() if s.path) or "none"
@@ -195,6 +196,8 @@ class _Run:
                 "give another --workdir, or go on in the new ones with "
                 "--config.data.allow_changed_clips=true"
             )
+        if batches.encoders:
+            check_encoders(state.all_params(), batches.encoders)
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
 
@@ -243,7 +246,7 @@ class _Run:
                 checkpoints.save(state, meta)
         return meta, state.all_ema()
 
-    def _batches(self, stage: Stage, position: int) -> Batches:
+    def _batches(self, stage: Stage, position: int, stage_start: int) -> Batches:
         model = self.model
         return make_batches(
             self.data,
@@ -253,13 +256,14 @@ class _Run:
             shard=jax.process_index(),
             num_shards=jax.process_count(),
             with_flow=stage.needs_flow,
+            schedule_start=stage_start,
             with_picture=bool(model.image_encoder or model.augmentation),
             transfer=functools.partial(to_device, sharding=batch_sharding(self.mesh)),
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
         """Gives latents zero mean and unit deviation per channel, over the data's first batches."""
-        with closing(self._batches(stage, 0)) as batches:
+        with closing(self._batches(stage, 0, 0)) as batches:
             videos = [next(batches).video for _ in range(self.config.train.calibration_batches)]
         latents = calibrate_latents(self.model, state.all_ema(), videos)
         return state._replace(frozen={**state.frozen, LATENTS: latents})

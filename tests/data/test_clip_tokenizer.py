@@ -5,6 +5,7 @@ The expected pieces are those of open_clip_torch 3.3.0's SimpleTokenizer on the 
 
 import gzip
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -116,6 +117,14 @@ def test_long_text_is_cut_and_keeps_its_end(tokenizer):
     np.testing.assert_array_equal(tokenizer("dog", 2), [START, END])
     with pytest.raises(ValueError, match="length 1"):
         tokenizer("dog", 1)
+
+
+def test_worker_processes_get_the_same_tokenizer(tokenizer):
+    tokenizer("the red dog", 8)  # so that there are words in its cache
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.size == tokenizer.size
+    for text in PIECES:
+        np.testing.assert_array_equal(copy(text, 16), tokenizer(text, 16))
 
 
 def test_a_caption_cannot_end_itself(tokenizer):

@@ -86,7 +86,8 @@ def test_restart_at_a_random_step_with_another_batch_goes_on_exactly(
 
 def test_order_does_not_depend_on_worker_processes(config, reference):
     with_workers = dataclasses.replace(config, workers=2, threads=1, prefetch=4)
-    before, state = draw(with_workers, 1, batch_size=4, stop=8)
+    # Compared after the workers have gone, with whom they shared the memory of their batches.
+    before, state = draw(with_workers, 1, batch_size=4, stop=8, transfer=to_device)
     after, _ = draw(dataclasses.replace(with_workers, threads=0), 1, batch_size=4, start=state)
     assert_equal(joined([*before, *after]), reference)
 

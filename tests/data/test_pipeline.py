@@ -8,10 +8,15 @@ from prepared_clips import EXACT, SMALL, assert_equal, captions, joined, make_cl
 from nuwa_jax.data import mixture
 from nuwa_jax.data.config import DataConfig
 from nuwa_jax.data.pipeline import held_out_scene, make_batches
+from nuwa_jax.data.records import shard_name
 from nuwa_jax.data.scenes import HELD_OUT_SEED, SceneConfig, render_scene
 from nuwa_jax.data.tokenizer import encode_text
 from nuwa_jax.errors import UserError
-from nuwa_jax.motion.tracks import PerturbConfig, TrackState
+from nuwa_jax.motion.drag_synthesis import DragsOn
+from nuwa_jax.motion.perturbation import PerturbConfig
+from nuwa_jax.motion.schedules import Schedule, at_step
+from nuwa_jax.motion.tracks import TrackState
+from nuwa_jax.motion.trajectory_samplers import SamplerConfig
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,24 @@ def test_one_integer_resumes_with_other_threads_and_batches(mixed):
     batches.close()
     rest = take(mixed, 3, batch_size=2, start_index=batches.next_index)
     assert_equal(joined([*start, *rest]), reference)
+
+
+def test_schedules_follow_the_step_and_resume_exactly(mixed):
+    sampler = SamplerConfig(kind="grid", spacing=4.0, min_count=Schedule(4, 1, 4), max_count=4)
+    config = dataclasses.replace(
+        mixed, sampler=sampler, perturb=PerturbConfig(jitter=Schedule(0.0, 3.0, 4))
+    )
+    whole = take(config, 6, start_index=10, schedule_start=10)
+    for n in (1, 3, 5):
+        rest = take(config, 6 - n, start_index=10 + 2 * n, schedule_start=10)
+        assert_equal(joined(rest), joined(whole[n:]))
+    # Two elements a step: the numbers are those of the step, also after the last of the schedule.
+    for step, batch in enumerate(whole):
+        fixed = dataclasses.replace(
+            config, sampler=at_step(sampler, step), perturb=at_step(config.perturb, step)
+        )
+        assert_equal(take(fixed, 1, start_index=10 + 2 * step)[0], batch)
+    assert not np.array_equal(whole[2].points, take(config, 1, start_index=14)[0].points)
 
 
 def test_other_seeds_give_other_batches(mixed):
@@ -160,8 +183,8 @@ def drags_on_background(config, count):
 def test_background_is_dragged_only_where_the_config_allows_it():
     scenes = SceneConfig(min_sprites=0, max_sprites=0, pan_probability=1.0, pan=(0.2, 0.3))
     config = dataclasses.replace(SMALL, scenes=scenes, perturb=EXACT)
-    assert drags_on_background(dataclasses.replace(config, camera_probability=0.0), 5) == 0
-    assert drags_on_background(dataclasses.replace(config, camera_probability=1.0), 5) > 10
+    assert drags_on_background(dataclasses.replace(config, drags_on=DragsOn(1.0, 0.0, 0.0)), 5) == 0
+    assert drags_on_background(dataclasses.replace(config, drags_on=DragsOn(0.0, 1.0, 0.0)), 5) > 10
 
 
 def test_drags_are_imprecise_unless_the_config_says_otherwise():
@@ -227,7 +250,7 @@ def test_flow_of_clips_without_any_is_estimated(tmp_path):
 def test_damaged_record_is_replaced_by_its_neighbour_and_counted(tmp_path):
     folder = tmp_path / "clips"
     make_clips(folder, count=5)
-    shard = folder / "clips-0.array_record"
+    shard = folder / shard_name(0, 1)
     data = bytearray(shard.read_bytes())
     config = dataclasses.replace(SMALL, clips=str(folder), clips_weight=1.0, scenes_weight=0.0)
     data[40000:40064] = bytes(64)
@@ -251,7 +274,7 @@ def test_clips_that_do_not_fit_are_refused_at_once(tmp_path, clips):
     check("not a folder of prepared clips", dataclasses.replace(base, clips=str(tmp_path)))
     check("multiple", base, batch_size=3, num_shards=2)
     make_clips(tmp_path / "cut")
-    shard = tmp_path / "cut" / "clips-0.array_record"
+    shard = tmp_path / "cut" / shard_name(0, 1)
     shard.write_bytes(shard.read_bytes()[:-1])
     check("bytes", dataclasses.replace(base, clips=str(tmp_path / "cut")))
 
@@ -274,6 +297,8 @@ def test_config_entries_reach_their_parts_and_unknown_ones_are_named():
         ({"hight": 3}, "data.hight"),
         ({"scenes": {"sprites": 3}}, "data.scenes.sprites"),
         ({"sampler": {"kind": "best"}}, "data.sampler"),
+        ({"drags_on": {"objects": 1.0}}, "data.drags_on.objects"),
+        ({"sampler": {"max_count": {"start": 9, "end": 1, "steps": 5}}}, "max_count 9 is more"),
         ({"clips_weight": 1.0}, "data.clips"),
         ({"scenes_weight": 0.0}, "nothing to train on"),
         ({"max_drags": 2}, "max_count"),

@@ -22,7 +22,7 @@ from nuwa_jax.data.records import (
     hash_file,
     record_features,
     shard_name,
-    write_metadata,
+    tfds_metadata,
 )
 from nuwa_jax.motion.tracks import Tracks, TrackState
 
@@ -103,7 +103,8 @@ def test_tfds_and_this_program_read_the_same(tmp_path):
             for _ in range(count):
                 writer.write(left.pop(0))
         shards.append({"name": path.name, "records": count, "bytes": path.stat().st_size})
-    write_metadata(tmp_path, shards, "clips for a test")
+    for name, text in tfds_metadata(shards, "clips for a test").items():
+        (tmp_path / name).write_text(text)
 
     builder = tfds.builder_from_directory(tmp_path)
     source = builder.as_data_source("train")

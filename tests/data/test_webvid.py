@@ -10,11 +10,14 @@ import pytest
 from nuwa_jax.data.prepare import ClipOptions
 from nuwa_jax.data.records import RecordReader
 from nuwa_jax.data.scenes import SceneConfig, render_scene
+from nuwa_jax.data.shards import clip_pool, write_shard
+from nuwa_jax.data.sources import CSV_LAYOUTS
 from nuwa_jax.data.video import read_video, resize_video, write_video
-from nuwa_jax.data.webvid import COLUMNS, REJECTS, prepare, read_csv, write_shard
+from nuwa_jax.data.webvid import REJECTS, make_job, prepare, start
 from nuwa_jax.errors import UserError
 from nuwa_jax.motion.tracks import inside
 
+COLUMNS = CSV_LAYOUTS["webvid"].columns
 CLIPS = Path(__file__).resolve().parents[2] / ".." / "shared" / "clips"
 OPTIONS = ClipOptions(height=48, width=64, frames=9, min_frames=6, max_tracks=64)
 
@@ -42,7 +45,9 @@ def folder(tmp_path_factory):
     write_video(root / "000002.mp4", moving_scene(3, frames=60), 24)
     write_video(root / "short.mp4", moving[:12], 24)
     write_video(root / "static.mp4", np.repeat(moving[:1], 27, axis=0), 24)
-    write_video(root / "flat.mp4", np.full_like(moving, 90), 24)
+    brightness = np.linspace(100, 110, len(moving)).astype(np.uint8)
+    flat = np.zeros_like(moving) + brightness[:, None, None, None]
+    write_video(root / "flat.mp4", flat, 24)
     halves = [moving[:13], 255 - moving[13:]]
     write_video(root / "cut.mp4", np.concatenate(halves), 24)
     data = (root / "good.mp4").read_bytes()
@@ -107,8 +112,15 @@ def test_every_input_ends_in_records_or_in_rejects_with_its_reason(prepared):
     ]
     assert counts["inputs"] == 13 and counts["records"] == 3 and counts["rejects"] == 10
     manifest = json.loads((out / "manifest.json").read_text())
-    assert {key: manifest[key] for key in counts} == counts
-    assert manifest["tracker"] and manifest["versions"]["numpy"]
+    of_this_run = {"clips", "bytes", "seconds_by_stage"}
+    assert {key: manifest[key] for key in counts.keys() - of_this_run} == {
+        key: counts[key] for key in counts.keys() - of_this_run
+    }
+    assert manifest["tracker"] and manifest["versions"]["numpy"] and manifest["encoders"] == {}
+    assert counts["clips"] == 9 and counts["bytes"] == manifest["shards"][0]["bytes"]
+    assert {"decode", "resize", "filter", "track", "encode"} <= counts["seconds_by_stage"].keys()
+    paths = {reject["id"]: reject["path"] for reject in read_rejects(out)}
+    assert paths["page__000006"] == "cut.mp4" and paths["page__000009"] == "missing.mp4"
 
 
 def test_records_hold_the_clip_its_caption_and_its_tracks(folder, prepared):
@@ -169,7 +181,9 @@ def test_shards_hold_the_same_records_however_many_there_are(folder, prepared, t
     one = RecordReader(prepared[0])
     counts = prepare(folder / "webvid.csv", folder, tmp_path, OPTIONS, num_shards=3)
     three = RecordReader(tmp_path)
-    assert counts == {**prepared[1], "reasons": counts["reasons"]}
+    for key in ("inputs", "accepted", "records", "rejects", "reasons"):
+        assert counts[key] == prepared[1][key]
+    assert read_rejects(tmp_path) == read_rejects(prepared[0])
 
     def contents(reader):
         records = [reader.read(i) for i in range(len(reader))]
@@ -179,15 +193,29 @@ def test_shards_hold_the_same_records_however_many_there_are(folder, prepared, t
 
 
 def test_finished_shard_is_kept_and_an_unfinished_one_is_made_again(folder, tmp_path):
-    inputs = read_csv(folder / "webvid.csv", folder)[:2]
-    first = write_shard(inputs, 0, 1, tmp_path, OPTIONS)
-    shard = tmp_path / first["name"]
-    written = shard.stat().st_mtime_ns
-    assert write_shard(inputs, 0, 1, tmp_path, OPTIONS) == first
-    assert shard.stat().st_mtime_ns == written
-    shard.write_bytes(shard.read_bytes()[:1000])
-    assert write_shard(inputs, 0, 1, tmp_path, OPTIONS) == first
-    assert shard.stat().st_size == first["bytes"]
+    write_csv(
+        tmp_path / "two.csv", [("000000", "good.mp4", "", "x"), ("000003", "short.mp4", "", "")]
+    )
+    job = make_job(tmp_path / "two.csv", folder, tmp_path / "out", OPTIONS)
+    start(job)
+    with clip_pool(job, 1, 60) as pool:
+        first = write_shard(job, 0, pool)
+        shard = tmp_path / "out" / "parts" / first["name"]
+        written = shard.stat().st_mtime_ns
+        data = shard.read_bytes()
+        assert write_shard(job, 0, pool) == first
+        assert shard.stat().st_mtime_ns == written
+        shard.write_bytes(data[:1000])
+        assert write_shard(job, 0, pool) == first
+        assert shard.read_bytes() == data
+        # Another file under the same name is another input.
+        write_video(tmp_path / "new.mp4", moving_scene(4), 24)
+        kept = (folder / "good.mp4").read_bytes()
+        try:
+            (folder / "good.mp4").write_bytes((tmp_path / "new.mp4").read_bytes())
+            assert write_shard(job, 0, pool)["sha256"] != first["sha256"]
+        finally:
+            (folder / "good.mp4").write_bytes(kept)
 
 
 def test_records_of_other_options_are_not_mixed(folder, tmp_path):

@@ -1,8 +1,15 @@
 import cv2
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 
-from nuwa_jax.motion.estimators import DISFlow, LucasKanadeTracker, detect_keypoints
+from nuwa_jax.motion.estimators import (
+    DISFlow,
+    LucasKanadeTracker,
+    detect_keypoints,
+    even_exposure,
+    sample_patches,
+)
 from nuwa_jax.motion.persistent_tracker import PersistentTracker
 from nuwa_jax.motion.tracks import TrackState
 
@@ -158,3 +165,47 @@ def test_keypoints_are_few_apart_and_on_texture():
     gaps = np.linalg.norm(points[:, None] - points, axis=-1) + 1e3 * np.eye(len(points))
     assert gaps.min() >= 4
     assert detect_keypoints(np.zeros((20, 30, 3), np.uint8), 5).shape == (0, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("radius", [0, 2])
+def test_patches_are_sampled_bilinearly_with_borders_continued(channels, radius):
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 255, (11, 16, channels)).astype(np.float32)
+    centres = rng.uniform([-4, -4], [19, 14], (5, 3, 2))
+    side = np.arange(-radius, radius + 1)
+    y, x = np.meshgrid(side, side, indexing="ij")
+    places = centres[..., None, :] + np.stack([x.ravel(), y.ravel()], axis=-1)
+    coordinates = places[..., ::-1].reshape(-1, 2).T
+    expected = np.stack(
+        [
+            map_coordinates(image[..., c], coordinates, order=1, mode="nearest")
+            for c in range(channels)
+        ],
+        axis=-1,
+    )
+    sampled = sample_patches(image, centres, radius)
+    assert sampled.shape == (5, 3, side.size**2, channels)
+    np.testing.assert_allclose(sampled.reshape(-1, channels), expected, atol=2e-3)
+    assert sample_patches(image, centres[:0], radius).shape == (0, 3, side.size**2, channels)
+
+
+def test_a_clip_that_darkens_is_tracked_as_one_that_does_not():
+    video, corners = moving_square()
+    truth = corners + np.array([[6, 6], [10, 10], [14, 8]])[:, None]
+    fading = (video * np.linspace(1, 0.7, 7)[:, None, None, None]).round().astype(np.uint8)
+    tracks = LucasKanadeTracker().track(fading, truth[:, 0])
+    assert tracks.visible.all()
+    assert np.linalg.norm(tracks.points - truth, axis=-1).max() < 0.5
+
+
+def test_exposure_is_that_of_the_first_frame_and_motion_is_not_taken_for_light():
+    video, _ = moving_square()
+    np.testing.assert_array_equal(even_exposure(video), video)
+    gain = np.array([1, 0.9, 1.1, 0.6, 0.9, 1, 0.8])[:, None, None, None]
+    dim = np.clip(video // 2 + 20, 0, 255)  # leaves room to become brighter
+    lit = (dim * gain).round().astype(np.uint8)
+    assert np.abs(even_exposure(lit).astype(int) - dim).max() <= 4
+    assert even_exposure(video[:1]).shape == video[:1].shape
+    black = np.zeros_like(video)
+    np.testing.assert_array_equal(even_exposure(black), black)

@@ -3,20 +3,27 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_model import FakeModel
 from micro_config import get_config
+from prepared_clips import make_clips
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nuwa_jax.data.config import DataConfig
+from nuwa_jax.data.device import to_device
 from nuwa_jax.data.pipeline import make_batches
 from nuwa_jax.data.video import read_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.generation.stage_samples import StageSamples
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
 from nuwa_jax.training.checkpoint import load_final
+from nuwa_jax.training.curriculum import stages_from_config
 from nuwa_jax.training.loop import NonFiniteError, train
+from nuwa_jax.training.optim import make_optimizer
+from nuwa_jax.training.state import init_state
+from nuwa_jax.training.step import make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +231,27 @@ def test_elements_are_never_seen_twice_in_a_run(tmp_path, monkeypatch):
     assert starts == [(0, 2), (12, 3), (30, 2)]
 
 
+def test_schedules_begin_with_their_stage_also_where_a_run_goes_on(tmp_path, monkeypatch):
+    starts = []
+
+    def spy(config, **kwargs):
+        starts.append((kwargs["start_index"], kwargs["schedule_start"]))
+
+        def draw(batches, count):
+            if len(starts) == 2 and count == 5:
+                raise KeyboardInterrupt
+            return next(batches)
+
+        return Watched(make_batches(config, **kwargs), draw)
+
+    config = short_config("text_to_video", "drag")
+    monkeypatch.setattr("nuwa_jax.training.loop.make_batches", spy)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path)
+    train(config, tmp_path)
+    assert starts == [(0, 0), (12, 12), (18, 12)]
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(tmp_path, monkeypatch):
     def draw(batches, _):
         return (batch := next(batches))._replace(points=np.full_like(batch.points, np.nan))
@@ -269,6 +297,52 @@ def test_going_on_with_other_clips_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Watched, "fingerprint", "of other clips", raising=False)
     with pytest.raises(UserError, match="not those that .* was trained on"):
         train(config, tmp_path)
+    config.data.allow_changed_clips = True
+    assert train(config, tmp_path).step == 6
+
+
+def test_threads_workers_and_prefetching_may_change_when_going_on(tmp_path, monkeypatch):
+    config = short_config("text_to_video")
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_after(patch, 4)
+        train(config, tmp_path / "dead")
+    config.data.update(threads=3, prefetch=1, prefetch_to_device=0, max_replaced_share=0.5)
+    train(config, tmp_path / "dead")
+    assert rows(tmp_path / "dead") == rows(tmp_path / "whole")
+
+
+def test_nothing_is_compiled_again_over_an_epoch_of_mixed_clips(tmp_path):
+    config = short_config("drag")
+    config.data.clips = make_clips(tmp_path / "clips", count=5, frames=4, height=20, width=20)
+    config.data.update(clips_weight=1.0, scenes_weight=1.0, flip_probability=0.5, flow_divisor=2)
+    config.stages.drag.dense_to_sparse = (0.5, 0.5)
+    (stage,) = stages_from_config(config)
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    params = FakeModel().init(jax.random.key(0), height=16, width=24, frames=3)
+    state = init_state(params, stage, make_optimizer(config.train))
+    step = make_train_step(FakeModel(), config, stage)
+    # Eight batches of two elements, half of them clips: more than an epoch.
+    batches = make_batches(
+        DataConfig.from_config(config.data),
+        seed=0,
+        batch_size=2,
+        with_flow=True,
+        num_batches=8,
+        transfer=to_device,
+    )
+    for number, batch in enumerate(batches):
+        state, _ = step(state, batch, jnp.float32(1e-3), jnp.float32(number / 8))
+        if number == 0:
+            assert compiled
+            compiled.clear()
+    assert int(state.step) == 8 and not compiled
 
 
 def test_stages_not_reached_yet_may_still_be_changed(tmp_path):

@@ -1,0 +1,402 @@
+"""The unit of work: the same bytes whoever calls it, whatever happened before."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from nuwa_jax.data import webvid
+from nuwa_jax.data.isolation import IsolatedPool
+from nuwa_jax.data.prepare import ClipOptions, RecordMaker, Stopwatch
+from nuwa_jax.data.records import RecordReader
+from nuwa_jax.data.runners import BeamRunner, LocalRunner
+from nuwa_jax.data.scenes import SceneConfig, render_scene
+from nuwa_jax.data.shards import clip_pool, make_clip, planned_inputs, seal_shard, write_shard
+from nuwa_jax.data.sources import Input, Place
+from nuwa_jax.data.storage import Folder
+from nuwa_jax.data.video import read_video, resize_video, write_video
+from nuwa_jax.data.webvid import REJECTS, Limits, finish, make_job, prepare, start
+from nuwa_jax.errors import UserError
+from nuwa_jax.estimation import load_estimators
+
+sys.path.insert(0, str(Path(__file__).parent))  # workers import what is on the parent's path
+import faulty  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ClipOptions(height=48, width=64, frames=7, min_frames=5, max_tracks=48, min_motion=0.01)
+FLAGS = ["--height=48", "--width=64", "--frames=7", "--min_frames=5", "--max_tracks=48"]
+FLAGS += ["--min_motion=0.01"]
+
+
+def moving_scene(seed, frames=21):
+    config = SceneConfig(
+        height=96,
+        width=128,
+        frames=frames,
+        displacement=(0.4, 0.6),
+        diameter=(0.4, 0.6),
+        still_probability=0.0,
+        pan_probability=1.0,
+        supersample=1,
+    )
+    return render_scene(seed, config).video
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Clips, two of them a near copy of another, and one that is short."""
+    root = tmp_path_factory.mktemp("corpus")
+    for seed in range(5):
+        write_video(root / f"scene{seed}.mp4", moving_scene(seed), 24)
+    write_video(root / "again.mp4", moving_scene(3), 24, crf=28)
+    write_video(root / "zz.mp4", moving_scene(1), 24, crf=28)
+    write_video(root / "short.mp4", moving_scene(7)[:9], 24)
+    return root
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference")
+    return out, prepare(None, corpus, out, OPTIONS, num_shards=3)
+
+
+def contents(out):
+    """Bytes of everything that must not depend on how it was made."""
+    names = ["manifest.json", REJECTS, "dataset_info.json", "features.json"]
+    names += sorted(path.name for path in out.glob("clips-*"))
+    assert len(names) == 7
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "nuwa_jax.data.webvid", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_near_duplicates_leave_one_record_the_first_in_the_list(reference):
+    out, counts = reference
+    assert counts["inputs"] == 8 and counts["records"] == 5
+    assert counts["reasons"] == {"duplicate": 2, "too_short": 1}
+    rejects = [json.loads(line) for line in (out / REJECTS).read_text().splitlines()]
+    assert [reject["id"] for reject in rejects] == ["scene3.mp4", "short.mp4", "zz.mp4"]
+    assert rejects[0]["detail"].endswith("from again.mp4")
+    reader = RecordReader(out)
+    kept = {reader.read(i).source_id for i in range(len(reader))}
+    assert kept == {"again.mp4", "scene0.mp4", "scene1.mp4", "scene2.mp4", "scene4.mp4"}
+
+
+def test_duplicates_are_the_same_in_any_number_of_shards(corpus, reference, tmp_path):
+    counts = prepare(None, corpus, tmp_path, OPTIONS, num_shards=1)
+    assert counts["reasons"] == reference[1]["reasons"]
+    assert (tmp_path / REJECTS).read_bytes() == (reference[0] / REJECTS).read_bytes()
+
+
+def test_duplicates_are_kept_if_asked_for(corpus, tmp_path):
+    options = dataclasses.replace(OPTIONS, max_distance=-1)
+    assert prepare(None, corpus, tmp_path, options)["records"] == 7
+
+
+def test_tfds_reads_the_folder(reference):
+    source = tfds.builder_from_directory(reference[0]).as_data_source("train")
+    reader = RecordReader(reference[0])
+    assert [each["source_id"].decode() for each in source] == [
+        reader.read(i).source_id for i in range(len(reader))
+    ]
+    assert source[0]["video"] == reader.read(0).video
+
+
+def test_array_job_makes_the_same_bytes(corpus, reference, tmp_path):
+    # Without --plan, in another order, and one of them twice.
+    job = make_job(None, corpus, tmp_path, OPTIONS, num_shards=3)
+    arguments = [f"--root={corpus}", f"--out={tmp_path}", "--num_shards=3", *FLAGS, "--workers=1"]
+    done = run(*arguments, "--shard_index=2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["inputs"] == len(planned_inputs(job, 2))
+    with pytest.raises(UserError, match="shard 0 of 3 is not there yet"):
+        finish(job, LocalRunner(1))
+    with clip_pool(job, 1, 60) as pool:
+        for index in (2, 1, 0, 1):
+            write_shard(job, index, pool)
+    done = run(*arguments, "--finish")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["records"] == 5
+    assert contents(tmp_path) == contents(reference[0])
+
+
+def test_beam_makes_the_same_bytes(corpus, reference, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra: prepare")
+    counts = prepare(None, corpus, tmp_path, OPTIONS, num_shards=3, runner=BeamRunner())
+    assert counts["reasons"] == reference[1]["reasons"]
+    ours, theirs = contents(tmp_path), contents(reference[0])
+    assert ours == theirs
+
+
+def test_buckets_get_the_same_bytes(corpus, reference, tmp_path):
+    # fsspec's view of the disk stands in for a bucket: the same code, but for the driver.
+    url = f"file://{tmp_path}/out"
+    prepare(None, f"file://{corpus}", url, OPTIONS, num_shards=3, runner=LocalRunner(1))
+    ours, theirs = contents(tmp_path / "out"), contents(reference[0])
+    assert {name: data for name, data in ours.items() if name.startswith("clips-")} == {
+        name: data for name, data in theirs.items() if name.startswith("clips-")
+    }
+    assert ours[REJECTS] == theirs[REJECTS]
+    assert not list(tmp_path.rglob("*.tmp"))
+    # Nothing is made again.
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clips-*")}
+    prepare(None, f"file://{corpus}", url, OPTIONS, num_shards=3, runner=LocalRunner(1))
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clips-*")}
+
+
+@pytest.mark.parametrize("when", ["first part", "sealed"])
+def test_killed_run_goes_on_to_the_same_bytes(corpus, reference, tmp_path, when):
+    arguments = [f"--root={corpus}", f"--out={tmp_path}", "--num_shards=3", *FLAGS, "--workers=1"]
+    waited = {
+        "first part": lambda: any((tmp_path / "parts").glob("*.tmp")),
+        "sealed": lambda: any(tmp_path.glob("clips-*")),
+    }[when]
+    command = [sys.executable, "-m", "nuwa_jax.data.webvid", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not waited():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "manifest.json").exists()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path) == contents(reference[0])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_seal_can_be_interrupted_between_its_steps(corpus, reference, tmp_path, monkeypatch):
+    job = make_job(None, corpus, tmp_path, OPTIONS, num_shards=3)
+    start(job)
+    LocalRunner(1).write(job, range(3))
+    removals = webvid.find_removals(job)
+    assert sorted(len(each) for each in removals) != [0, 0, 0]
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*arguments):
+        raise KilledError
+
+    for method in ("move", "remove"):
+        for index, removed in enumerate(removals):
+            with monkeypatch.context() as patch:
+                patch.setattr(Folder, method, killed)
+                try:
+                    seal_shard(job, index, removed)
+                except KilledError:
+                    pass
+    finish(job, LocalRunner(1))
+    assert contents(tmp_path) == contents(reference[0])
+    assert not list((tmp_path / "parts").glob("clips-*-of-00003"))
+
+
+def test_crash_and_hang_cost_their_clips(corpus, tmp_path):
+    job = make_job(None, corpus, tmp_path / "out", OPTIONS)
+    start(job)
+    plan = tmp_path / "out" / "plan" / "inputs-00000-of-00001.jsonl"
+    lines = plan.read_text().splitlines()
+    for line, name in ((1, "crash"), (3, "hang")):
+        planned = Input.from_json(lines[line])
+        lines[line] = dataclasses.replace(planned, id=name).to_json()
+    plan.write_text("\n".join(lines) + "\n")
+    setup = faulty.FaultyClips(job.root, job.options, job.estimator, job.estimator_weights)
+    with IsolatedPool(setup, 2, 5) as pool:
+        stats = write_shard(job, 0, pool)
+    reasons = {reject["id"]: reject["reason"] for reject in stats["rejects"]}
+    assert reasons["crash"] == "crashed" and reasons["hang"] == "timeout"
+    assert len(stats["clips"]) == 5
+    assert all(reject["path"] for reject in stats["rejects"])
+
+
+def test_bug_is_counted_told_and_fails_the_run(corpus, tmp_path):
+    tracker, flow = load_estimators()
+
+    class Broken:
+        name = "broken"
+
+        def track(self, video, points):
+            raise ZeroDivisionError("no points\nat all")
+
+    made = make_clip(
+        Input("a", "", (Place("scene0.mp4"),)),
+        Folder(corpus),
+        RecordMaker(OPTIONS, Broken(), flow),
+    )
+    assert made["reason"] == "bug:ZeroDivisionError" and "test_shards.py:" in made["detail"]
+    rejects = [{"id": "a", "reason": made["reason"], "detail": made["detail"]}]
+    with pytest.raises(UserError, match="fault of this program rejected 1 of 999"):
+        webvid._check_limits(999, rejects, Limits(), "rejects.jsonl")
+    webvid._check_limits(1001, rejects, Limits(), "rejects.jsonl")
+
+
+def test_run_that_rejects_nearly_all_fails_and_says_why(corpus, tmp_path):
+    with pytest.raises(UserError, match="3 of 8 inputs were rejected, mostly as 'duplicate'"):
+        prepare(None, corpus, tmp_path / "b", OPTIONS, limits=Limits(max_rejected=0.2))
+    assert len((tmp_path / "b" / REJECTS).read_text().splitlines()) == 3
+    assert not (tmp_path / "b" / "manifest.json").exists()
+    # What was made is kept: with another limit, the run ends at once.
+    prepare(None, corpus, tmp_path / "b", OPTIONS, limits=Limits(max_rejected=0.5))
+    with pytest.raises(UserError, match="--max_bugs"):
+        Limits(max_bugs=2.0)
+
+
+def test_changed_clip_changes_what_repeats_it(corpus, tmp_path):
+    root, runner = tmp_path / "root", LocalRunner(1)
+    root.mkdir()
+    for name in ("scene1.mp4", "zz.mp4", "scene0.mp4"):
+        (root / name).write_bytes((corpus / name).read_bytes())
+    counts = prepare(None, root, tmp_path / "out", OPTIONS, num_shards=3, runner=runner)
+    assert counts["reasons"] == {"duplicate": 1}
+    # The original of zz.mp4 becomes another clip, so that zz.mp4 must come back.
+    write_video(root / "scene1.mp4", moving_scene(9), 24)
+    counts = prepare(None, root, tmp_path / "out", OPTIONS, num_shards=3, runner=runner)
+    assert counts["records"] == 3
+    prepare(None, root, tmp_path / "fresh", OPTIONS, num_shards=3, runner=runner)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_plan_for_other_shards_is_refused(corpus, tmp_path):
+    start(make_job(None, corpus, tmp_path, OPTIONS, num_shards=3))
+    with pytest.raises(UserError, match="num_shards=3, got 2"):
+        planned_inputs(make_job(None, corpus, tmp_path, OPTIONS, num_shards=2), 0)
+
+
+def test_span_of_a_film_becomes_a_clip(corpus, tmp_path):
+    tracker, flow = load_estimators()
+    film = np.concatenate([moving_scene(seed) for seed in (0, 1, 2)])
+    write_video(tmp_path / "film.mp4", film, 24)
+    maker = RecordMaker(OPTIONS, tracker, flow)
+    span = (21 / 24, 42 / 24)
+    made = maker.make(tmp_path / "film.mp4", "film_1", "", Stopwatch(), span)
+    alone = maker.make(corpus / "scene1.mp4", "scene1", "", Stopwatch())
+    assert made[0].record.start == pytest.approx(alone[0].record.start + 21 / 24)
+    pictures, _ = read_video(made[0].record.video)
+    expected, _ = read_video(alone[0].record.video)
+    assert np.abs(pictures.astype(int) - expected).mean() < 6
+    other, _ = read_video(corpus / "scene2.mp4", max_frames=7)
+    other, _ = resize_video(other, 48, 64)
+    assert np.abs(pictures.astype(int) - other).mean() > 15
+
+
+# What the world holds besides good clips.
+
+
+def write_raw(path, video, rates=None, fps=24, suffix_format="mp4", rotate=0):
+    """A file with time stamps of its own, as `write_video` makes none."""
+    with av.open(str(path), "w", format=suffix_format) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.time_base = Fraction(1, 1000)
+        clock = 0
+        for index, picture in enumerate(video):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = clock, Fraction(1, 1000)
+            clock += 1000 // fps if rates is None else rates[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def rotated(data):
+    """The bytes of an mp4 whose track header says to turn the picture by 90 degrees."""
+    upright = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    turned = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    place = data.index(upright, data.index(b"tkhd"))
+    return data[:place] + turned + data[place + len(turned) :]
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wild")
+    moving = moving_scene(0)
+    write_video(root / "good.mp4", moving, 24)
+    data = (root / "good.mp4").read_bytes()
+    (root / "truncated.mp4").write_bytes(data[: 2 * len(data) // 3])
+    (root / "zero_bytes.mp4").write_bytes(b"")
+    (root / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
+    (root / "text.avi").write_text("this is not a video\n" * 50)
+    (root / "flipped.mp4").write_bytes(
+        data[:3000] + bytes(byte ^ 0x5A for byte in data[3000:3400]) + data[3400:]
+    )
+    with av.open(str(root / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    write_raw(root / "variable.mp4", moving_scene(1), [10, 120, 30] * 7)
+    write_video(root / "upright.mp4", moving_scene(2), 24)
+    (root / "turned.mp4").write_bytes(rotated((root / "upright.mp4").read_bytes()))
+    (root / "upright.mp4").unlink()
+    write_video(root / "one_frame.mp4", moving[:1], 24)
+    # 8K: one picture that moves under a window, and few frames.
+    large = np.tile(moving_scene(3)[0], (47, 61, 1))[: 4320 + 96, : 7680 + 96]
+    frames = [large[8 * t : 4320 + 8 * t, 8 * t : 7680 + 8 * t] for t in range(6)]
+    write_large(root / "large.mp4", frames)
+    write_video(root / "tiny.mp4", moving[:, :16, :16], 24)
+    (root / "folder.mp4").mkdir()
+    return root
+
+
+def write_large(path, frames):
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_everything_in_a_wild_folder_is_accounted_for(wild, tmp_path):
+    counts = prepare(None, wild, tmp_path, OPTIONS, num_shards=2, limits=Limits(1.0, 0.0))
+    lines = [json.loads(line) for line in (tmp_path / REJECTS).read_text().splitlines()]
+    reasons = {line["id"]: line["reason"] for line in lines}
+    reader = RecordReader(tmp_path)
+    accepted = {reader.read(i).source_id for i in range(len(reader))}
+    files = {path.name for path in wild.iterdir() if path.is_file()}
+    assert accepted | reasons.keys() == files and not accepted & reasons.keys()
+    assert counts["inputs"] == len(files) == 12
+    assert {"good.mp4", "turned.mp4"} <= accepted
+    assert reasons.pop("variable.mp4") == "variable_rate"
+    assert reasons.pop("one_frame.mp4") == "too_short"
+    assert reasons.pop("tiny.mp4") == "too_small"
+    unreadable = ("truncated.mp4", "zero_bytes.mp4", "noise.mp4", "text.avi", "audio.mp4")
+    assert all(reasons.pop(name) == "undecodable" for name in unreadable)
+    # Damage within the pictures may or may not be noticed by the decoder; a size may be too much.
+    assert set(reasons) <= {"flipped.mp4", "large.mp4"}
+    assert not {"crashed", "timeout"} & set(reasons.values())
+
+
+def test_turned_picture_is_shown_upright(wild):
+    tracker, flow = load_estimators()
+    options = dataclasses.replace(OPTIONS, height=64, width=48)
+    made = RecordMaker(options, tracker, flow).make(wild / "turned.mp4", "a", "", Stopwatch())
+    pictures, _ = read_video(made[0].record.video)
+    assert pictures.shape[1:3] == (64, 48)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_pictures_are_not_all_in_memory(wild):
+    with clip_pool(make_job(None, wild, wild, OPTIONS), 1, 120) as pool:
+        ((_, result),) = pool.map([Input("large", "", (Place("large.mp4"),))])
+        process = pool._processes[0]._process
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    assert result.get("reason") != "undecodable"
+    # Six decoded frames are 0.6 GB, beside what the decoder holds.
+    assert int(status.split("VmHWM:")[1].split()[0]) < 600 << 10

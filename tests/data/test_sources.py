@@ -1,0 +1,102 @@
+import json
+
+import pytest
+
+from nuwa_jax.data.sources import Input, Place, find_video, list_inputs, shard_of, without_repeats
+from nuwa_jax.data.storage import Folder
+from nuwa_jax.errors import UserError
+
+
+def rows(layout, tmp_path, text, root=None):
+    path = tmp_path / "list.csv"
+    path.write_text(text, encoding="utf-8")
+    return list(list_inputs(layout, str(path), Folder(root or tmp_path)))
+
+
+def test_webvid_looks_in_three_places(tmp_path):
+    found = rows(
+        "webvid",
+        tmp_path,
+        "videoid,contentUrl,duration,page_dir,name\n"
+        '7,a/b.mp4,PT1S,000001_000050,"red, blue"\n,,,,\n',
+    )
+    places = (Place("a/b.mp4"), Place("000001_000050/7.mp4"), Place("7.mp4"))
+    assert found[0] == Input("000001_000050__7", "red, blue", places)
+    assert found[1].fault[0] == "bad_row" and found[1].position == 1
+
+
+def test_openvid_names_files_and_captions(tmp_path):
+    found = rows(
+        "openvid",
+        tmp_path,
+        "video,caption,aesthetic score,motion score,temporal consistency score,camera motion,"
+        "frame,fps,seconds\ncelebv_x.mp4,A man talks.,5.1,2.2,0.99,static,120,24.0,5.0\n",
+    )
+    assert found == [Input("celebv_x.mp4", "A man talks.", (Place("celebv_x.mp4"),))]
+
+
+def test_panda70m_makes_a_clip_of_every_span(tmp_path):
+    spans = "[['0:00:01.500', '0:00:04.000'], ['1:02:03.250', '1:02:05.000']]"
+    found = rows(
+        "panda70m",
+        tmp_path,
+        "videoID,url,timestamp,caption,matching_score\n"
+        f'abc,https://x,"{spans}","[""a dog\'s nose"", \'a cat\']","[0.5, 0.6]"\n'
+        'def,https://x,"[[\'0:00:01\'","[]","[]"\n'
+        "ghi,https://x,\"[['0:00:01', '0:00:02']]\",\"['a', 'b']\",\"[]\"\n",
+    )
+    assert [each.id for each in found] == ["abc_0", "abc_1", "row 3", "row 4"]
+    assert [each.caption for each in found[:2]] == ["a dog's nose", "a cat"]
+    assert found[1].places == (
+        Place("abc_1.mp4"),
+        Place("abc/1.mp4"),
+        Place("abc.mp4", (3723.25, 3725.0)),
+    )
+    assert [each.fault[0] for each in found[2:]] == ["bad_row", "bad_row"]
+
+
+def test_ucf101_takes_the_class_for_a_caption(tmp_path):
+    for name in ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi", "TaiChi/v_TaiChi_g02_c01.avi"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    found = list(list_inputs("ucf101", None, Folder(tmp_path)))
+    assert [each.caption for each in found] == ["apply eye makeup", "tai chi"]
+    assert found[0].places == (Place("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi"),)
+
+
+def test_layout_and_csv_must_fit(tmp_path):
+    with pytest.raises(UserError, match="need a csv"):
+        list(list_inputs("openvid", None, Folder(tmp_path)))
+    with pytest.raises(UserError, match="need a csv"):
+        list(list_inputs("ucf101", "a.csv", Folder(tmp_path)))
+    with pytest.raises(UserError, match="lacks the column caption"):
+        rows("openvid", tmp_path, "video,text\na,b\n")
+
+
+def test_inputs_survive_json():
+    inputs = [
+        Input("a", "ünïcode\nlines", (Place("a.mp4"), Place("b.mp4", (0.5, 2.0))), position=3),
+        Input("row 4", "", (), fault=("bad_row", "no id"), position=4),
+    ]
+    for each in inputs:
+        line = each.to_json()
+        assert "\n" not in line and Input.from_json(line) == each
+    assert json.loads(inputs[0].to_json())[0] == "a"
+
+
+def test_repeated_ids_meet_in_one_shard_whatever_their_order():
+    inputs = [Input(f"clip{n % 50}", "", ()) for n in range(100)]
+    shards = [shard_of(each, 7) for each in inputs]
+    assert shards[:50] == shards[50:] and set(shards) == set(range(7))
+    kept = [each for each in without_repeats(inputs) if each.fault is None]
+    assert [each.id for each in kept] == [f"clip{n}" for n in range(50)]
+
+
+def test_paths_that_lead_out_of_the_root_are_passed_over(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "outside.mp4").write_bytes(b"x")
+    (tmp_path / "root" / "in.mp4").write_bytes(b"x")
+    root = Folder(tmp_path / "root")
+    outside = ("../outside.mp4", str(tmp_path / "outside.mp4"), "file:///etc/passwd", "a\0b", "")
+    assert find_video(root, tuple(Place(path) for path in outside)) is None
+    assert find_video(root, (Place("no.mp4"), Place("in.mp4", (1, 2)))) == Place("in.mp4", (1, 2))
