@@ -106,6 +106,9 @@ def base() -> ConfigDict:
     c.sampling.decode_frames = 0  # frames the decoder sees at once; 0: all
     c.sampling.guidance = ConfigDict(dict(text=1.0, image=1.0, drag=1.0))
 
+    # Devices per axis (nuwa_jax/parallel/mesh.py); one may be -1: what the others leave.
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, frame=1, tensor=1, slices=1))
+
     c.train = ConfigDict()
     c.train.init_from = ""  # weights to start from: an exported or converted model, or a workdir
     c.train.log_every = 20

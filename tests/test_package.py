@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "data": {"errors", "motion"},
     "models": {"errors"},
     "diffusion": set(),
-    "training": {"errors", "motion", "data", "models", "diffusion"},
+    "parallel": {"errors"},
+    "training": {"errors", "motion", "data", "models", "diffusion", "parallel"},
     "generation": {
-        *("errors", "motion", "data", "models", "diffusion", "training"),
+        *("errors", "motion", "data", "models", "diffusion", "parallel", "training"),
         "tensor_files",
     },
     "evaluation": {"errors", "motion", "data", "models", "diffusion", "training", "generation"},

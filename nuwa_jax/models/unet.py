@@ -31,6 +31,7 @@ from nuwa_jax.models.layers import (
     sinusoids,
     upsample_nearest,
 )
+from nuwa_jax.models.partition import by_frames, by_pixels
 
 RES_EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
@@ -138,8 +139,9 @@ class VideoResBlock(nn.Module):
         self, x: Float[Array, "b t h w c"], stream: Stream, flow: FlowFeature | None = None
     ) -> Float[Array, "b t h w c2"]:
         x = SpatialResBlock(self.features, self.flow_injection, self.dtype, name="spatial")(
-            x, stream.emb, flow
+            by_frames(x), stream.emb, flow
         )
+        x = by_pixels(x)
         z = TemporalResBlock(self.dtype, name="temporal")(x, stream.emb)
         return AlphaBlender(name="time_mixer")(x, z, stream.image_only)
 
@@ -201,7 +203,7 @@ class VideoTransformer(nn.Module):
     def __call__(self, x: Float[Array, "b t h w c"], stream: Stream) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = x.shape
         dtype = self.dtype
-        u = rearrange(x, "b t h w c -> (b t) h w c")
+        u = rearrange(by_frames(x), "b t h w c -> (b t) h w c")
         u = group_norm(c, TRANSFORMER_EPS, name="norm", dtype=dtype)(u)
         u = rearrange(u, "n h w c -> n (h w) c")
         u = Dense(c, dtype=dtype, name="proj_in")(u)
@@ -213,7 +215,7 @@ class VideoTransformer(nn.Module):
         )
 
         frame_emb = Mlp(4 * c, c, dtype=dtype, name="frame_embed")(sinusoids(jnp.arange(t), c))
-        u = rearrange(u, "(b t) l c -> b t l c", t=t)
+        u = by_pixels(rearrange(u, "(b t) l c -> b t l c", t=t))
         v = u + frame_emb[None, :, None, :].astype(u.dtype)
         v = rearrange(v, "b t l c -> (b l) t c")
         if not self.temporal_context:
@@ -287,6 +289,7 @@ class UNet(nn.Module):
             return x, stream
 
         def per_frame(layer: nn.Module, x: Array) -> Array:
+            x = by_frames(x)
             return rearrange(
                 layer(rearrange(x, "b t h w c -> (b t) h w c")), "(b t) h w c -> b t h w c", b=b
             )

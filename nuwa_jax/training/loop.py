@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
+from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic, batch_sharding, make_mesh
+from nuwa_jax.parallel.sharding import check_replicated, place, report
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
 from nuwa_jax.training.curriculum import (
     LATENTS,
@@ -128,6 +131,7 @@ class _Run:
         self.sample_fn, self.initial = sample_fn, initial
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
+        self.mesh = make_mesh(MeshConfig.from_config(config.get("mesh", {})))
         tokenizer_of(config)  # or captions would be read as another encoder's tokens
         self.plain = plain_config(config)
         self.main = jax.process_index() == 0
@@ -154,7 +158,10 @@ class _Run:
     ) -> tuple[Meta, Params]:
         """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents."""
         config, train = self.config, self.config.train
-        state = init_state(params, stage, make_optimizer(train))
+        sizes = dict(self.mesh.shape)
+        divided = batch_arithmetic(stage.batch_size, train.accumulate, sizes, jax.process_count())
+        state = place(init_state(params, stage, make_optimizer(train)), self.mesh)
+        replicated = check_replicated(report(state, sizes), sizes)
         if meta is None:
             meta = Meta(self.plain, stage.name, stage.index, 0, position, 0.0, False, [])
             if stage.index == 0 and self.main:
@@ -166,7 +173,9 @@ class _Run:
             self._say(f"{stage.name}: going on at step {meta.step} of {stage.steps}")
         if meta.step == 0:
             self._say(f"{stage.name}: {_count(state.params)} of {_count(params)} parameters train")
-        step_fn = make_train_step(self.model, config, stage)
+        if self.mesh.size > 1:
+            self._say(f"{stage.name}: {divided}; state: {replicated}")
+        step_fn = make_train_step(self.model, config, stage, self.mesh)
         progress = Progress(
             self.workdir,
             self.stages,
@@ -249,7 +258,7 @@ class _Run:
             with_flow=stage.needs_flow,
             schedule_start=stage_start,
             with_picture=bool(model.image_encoder or model.augmentation),
-            transfer=to_device,
+            transfer=functools.partial(to_device, sharding=batch_sharding(self.mesh)),
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nuwa_jax.data.batch import Batch
@@ -18,6 +19,8 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
+from nuwa_jax.parallel.mesh import use_mesh
+from nuwa_jax.parallel.sharding import shardings
 from nuwa_jax.training.curriculum import Params, Stage, merge
 from nuwa_jax.training.optim import clip_by_norm, ema_update, make_optimizer
 from nuwa_jax.training.state import TrainState
@@ -26,8 +29,17 @@ Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch, float, float], tuple[TrainState, Metrics]]
 
 
-def make_train_step(model: VideoLDM, config: Any, stage: Stage) -> TrainStep:
-    """Compiles the step of a stage.
+def make_train_step(
+    model: VideoLDM, config: Any, stage: Stage, mesh: Mesh | None = None
+) -> TrainStep:
+    """Compiles the step of a stage, for the mesh that its arguments lie on.
+
+    Args:
+      model: the network.
+      config: the run's.
+      stage: what is trained, and on what.
+      mesh: every part of the state comes back where `parallel.sharding` puts it; None: wherever
+        the compiler leaves it, which on one device is there.
 
     Returns:
       `step(state, batch, learning_rate, progress) -> (state, metrics)`; `state` is donated,
@@ -76,7 +88,22 @@ def make_train_step(model: VideoLDM, config: Any, stage: Stage) -> TrainStep:
         )
         return state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **metrics}
 
-    return jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def placed(*args: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = step(*args)
+        where = shardings(state, mesh)
+        state = jax.tree.map(jax.lax.with_sharding_constraint, state, where)
+        return state, metrics
+
+    jitted = jax.jit(placed, donate_argnums=0)
+
+    def on_mesh(*args: Any) -> tuple[TrainState, Metrics]:
+        with use_mesh(mesh):
+            return jitted(*args)
+
+    return on_mesh
 
 
 class Draws(NamedTuple):

@@ -1,0 +1,40 @@
+"""Where activations lie on a mesh: by frames in spatial layers, by pixels in temporal ones.
+
+Names the axes of nuwa_jax/parallel/mesh.py. Where no mesh is in use, or one of a single device,
+these functions return their argument.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+BATCH = ("data", "fsdp")
+FRAME = "frame"
+
+
+def by_frames(x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
+    """Each device of the frame axis holds some frames whole: for layers that see one at a time."""
+    return _constrain(x, BATCH, FRAME)
+
+
+def by_pixels(x: Float[Array, "b t p ..."]) -> Float[Array, "b t p ..."]:
+    """Each holds some rows or pixels of all frames: for layers that look along time.
+
+    Between the two, devices of the frame axis exchange their parts once (an all-to-all, as in
+    DeepSpeed-Ulysses, arXiv 2309.14509, but of frames for pixels).
+    """
+    return _constrain(x, BATCH, None, FRAME)
+
+
+def by_samples(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Samples over the batch axes, the rest whole."""
+    return _constrain(x, BATCH)
+
+
+def _constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or FRAME not in mesh.axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -1,0 +1,1 @@
+"""Many devices: the mesh, what lies where on it, and joining hosts."""
