@@ -1,0 +1,53 @@
+"""The same losses on one device and on meshes of eight virtual ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROGRAM = Path(__file__).with_name("mesh_run.py")
+ROOT = PROGRAM.parents[2]
+
+
+def losses(devices, mesh, steps, workdir):
+    arguments = [devices, json.dumps(mesh), steps, workdir]
+    command = [sys.executable, PROGRAM, *arguments]
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    told = [line for line in lines if "stay whole" in line]
+    assert bool(told) == (devices > 1), done.stdout
+    return np.array(json.loads(lines[-1]))
+
+
+def assert_same_on(mesh, steps, tmp_path):
+    alone = losses(1, {}, steps, tmp_path / "alone")
+    together = losses(8, mesh, steps, tmp_path / "together")
+    assert len(alone) == len(together) == steps
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert np.ptp(alone) > 0.1  # they are of different batches
+
+
+def test_losses_are_the_same_where_all_axes_split(tmp_path):
+    assert_same_on({"data": 1, "fsdp": 2, "frame": 2, "tensor": 2}, 6, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 8},
+        {"data": 1, "fsdp": 8},
+        {"data": 4, "frame": 2},
+        {"data": 4, "tensor": 2},
+        {"data": 1, "fsdp": 2, "frame": 2, "tensor": 2},
+    ],
+    ids=json.dumps,
+)
+def test_losses_are_the_same_on_every_mesh(mesh, tmp_path):
+    assert_same_on(mesh, 20, tmp_path)
