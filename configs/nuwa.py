@@ -1,6 +1,7 @@
 """The default model: flow encoder, drag tokens, four stages, on prepared real clips.
 
-python -m nuwa_jax.data.webvid --csv=F.csv --root=DIR --out=records --height=320 --width=576
+python -m nuwa_jax.data.webvid --csv=F.csv --root=DIR --out=records --height=320 --width=576 \\
+    --min_frames=14
 python train.py --config=configs/nuwa.py --workdir=runs/nuwa --config.data.clips=records
 
 `--config=configs/nuwa.py:small` is the same at widths and sizes that a CPU can step.

@@ -176,7 +176,7 @@ def planned_inputs(job: Job, index: int) -> list[Input]:
             "use the same number for all shards, or another --out"
         )
     lines = plan.read_text(_plan_name(index, job.num_shards)) or ""
-    return without_repeats([Input.from_json(line) for line in lines.splitlines()])
+    return without_repeats([Input.from_json(line) for line in lines.split("\n") if line])
 
 
 @dataclasses.dataclass(frozen=True)

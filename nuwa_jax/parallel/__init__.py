@@ -1,1 +1,1 @@
-"""Many devices: the mesh, what lies where on it, and joining hosts."""
+"""Many devices: the mesh, and what lies where on it."""

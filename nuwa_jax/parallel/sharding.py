@@ -106,7 +106,7 @@ def check_replicated(
     """What stays whole on every device, in words.
 
     Raises:
-      UserError: on a mesh that splits parameters, more than `limit` of the bytes and more than
+      UserError: on a mesh with fsdp, more than `limit` of the bytes and more than
         `HARMLESS` bytes stay whole; names the largest.
     """
     total = sum(line.bytes for line in lines)
@@ -118,7 +118,7 @@ def check_replicated(
         f"{len(lines)} arrays of {total / 2**30:.2f} GiB, {each / 2**30:.2f} GiB per device; "
         f"{len(whole)} stay whole, {share:.2%} of the bytes"
     )
-    if sizes["fsdp"] * sizes["tensor"] > 1 and share > limit and kept > HARMLESS:
+    if sizes["fsdp"] > 1 and share > limit and kept > HARMLESS:
         largest = ", ".join(f"{line.path} {line.shape}" for line in whole[:3])
         raise UserError(
             f"{told}, at most {limit:.0%} may: no dimension of {largest} divides by fsdp "

@@ -268,6 +268,19 @@ def test_changed_clip_changes_what_repeats_it(corpus, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("separator", ["\n", "\u2028", "\u2029", "\x85", "\r\n"])
+def test_any_caption_comes_through_the_plan(tmp_path, separator):
+    caption = f"one{separator}two"
+    (tmp_path / "list.csv").write_text(
+        f'videoid,contentUrl,duration,page_dir,name\n7,a.mp4,1,p,"{caption}"\n',
+        encoding="utf-8",
+        newline="",
+    )
+    job = make_job(tmp_path / "list.csv", tmp_path, tmp_path / "out", OPTIONS, num_shards=1)
+    (found,) = planned_inputs(job, 0)
+    assert found.caption.split() == caption.split()
+
+
 def test_plan_for_other_shards_is_refused(corpus, tmp_path):
     start(make_job(None, corpus, tmp_path, OPTIONS, num_shards=3))
     with pytest.raises(UserError, match="num_shards=3, got 2"):

@@ -62,6 +62,8 @@ def test_too_much_that_stays_whole_is_an_error_that_names_it():
     tree = {"unet": shapes(odd=(4001, 2001), kernel=(4096, 4096))}
     with pytest.raises(UserError, match=r"unet/odd \(4001, 2001\) divides by fsdp 4"):
         check_replicated(report(tree, sizes(fsdp=4)), sizes(fsdp=4))
+    # The rules of tensor are about some layers only: the others stay whole, as they should.
+    check_replicated(report(tree, sizes(tensor=2)), sizes(tensor=2))
     # Whole copies are what a mesh without fsdp and tensor is for.
     check_replicated(report(tree, sizes(data=4)), sizes(data=4))
 
