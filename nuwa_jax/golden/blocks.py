@@ -43,9 +43,6 @@ from nuwa_jax.models.unet import (
 )
 
 BLOCK = 1e-6
-# The flow encoder is a chain of ten convolutions. What rounds is their sums, whose error grows with
-# the square root of their length (Higham and Mary 2019): the bound is a block's up to this width.
-FLOW_WIDTH = 128
 
 
 def load(module: nn.Module, state: Mapping[str, np.ndarray], rows: list[Row], *args: Any) -> Any:
@@ -220,14 +217,12 @@ def check_flow_encoder(golden: Golden) -> Iterator[Item]:
     rows = {row: i for i, row in enumerate(rows)}
     flows = np.stack([np.float32(scale) * flow[video] for video, scale in rows])
     alone = golden.setting("flow_encoder_alone")
-    width = int(alone["model_channels"])
-    bound = BLOCK * max(1.0, width / FLOW_WIDTH) ** 0.5
     key, level, *_ = wanted[0]
     reduction = flow.shape[2] // (arrays[key].shape[2] << level)
     features = flow_features(
         golden.flow_state,
         flows,
-        width,
+        int(alone["model_channels"]),
         tuple(alone["channel_mult"]),
         reduction,
         flow_encoder_config(alone.get("flow_dim_scale", 1)),
@@ -235,7 +230,7 @@ def check_flow_encoder(golden: Golden) -> Iterator[Item]:
     for key, level, videos, scale in wanted:
         ours = features[level][np.array([rows[video, scale] for video in videos])]
         theirs = channels_last(arrays[key], flow.shape[1])
-        yield relative(arrays.name(key), ours, theirs, bound)
+        yield relative(arrays.name(key), ours, theirs, BLOCK)
 
 
 def flow_features(
