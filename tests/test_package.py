@@ -38,7 +38,7 @@ LOOKS_UP = {"data/shards.py": {"estimation"}}
 # The host's side of the package: these must work, and start fast, in processes without JAX.
 WITHOUT_JAX = ("data", "motion", "estimation")
 JAX_ALLOWED = {
-    *("data/device.py", "data/soak.py", "motion/raster.py", "motion/flow_ops.py"),
+    *("data/device.py", "data/soak.py", "motion/raster.py"),
     *("estimation/gmflow.py", "estimation/tapir.py"),
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

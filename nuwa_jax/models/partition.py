@@ -28,11 +28,6 @@ def by_pixels(x: Float[Array, "b t p ..."]) -> Float[Array, "b t p ..."]:
     return _constrain(x, BATCH, None, FRAME)
 
 
-def by_samples(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Samples over the batch axes, the rest whole."""
-    return _constrain(x, BATCH)
-
-
 def _constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or FRAME not in mesh.axis_names:
