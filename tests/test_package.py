@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": {"errors", "motion"},
     "models": {"errors"},
     "diffusion": set(),
-    "parallel": {"errors"},
+    "parallel": {"errors", "models"},
     "training": {"errors", "motion", "data", "models", "diffusion", "parallel"},
     "generation": {
         *("errors", "motion", "data", "models", "diffusion", "parallel", "training"),

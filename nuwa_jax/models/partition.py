@@ -1,7 +1,7 @@
 """Where activations lie on a mesh: by frames in spatial layers, by pixels in temporal ones.
 
-Names the axes of nuwa_jax/parallel/mesh.py. Where no mesh is in use, or one of a single device,
-these functions return their argument.
+Where no mesh is in use, one of a single device, or one that has no such axes, these functions
+return their argument.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-BATCH = ("data", "fsdp")
-FRAME = "frame"
+BATCH_AXES = ("data", "fsdp")  # samples are spread over both
+FRAME_AXIS = "frame"
 
 
 def by_frames(x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
     """Each device of the frame axis holds some frames whole: for layers that see one at a time."""
-    return _constrain(x, BATCH, FRAME)
+    return _constrain(x, BATCH_AXES, FRAME_AXIS)
 
 
 def by_pixels(x: Float[Array, "b t p ..."]) -> Float[Array, "b t p ..."]:
@@ -25,11 +25,11 @@ def by_pixels(x: Float[Array, "b t p ..."]) -> Float[Array, "b t p ..."]:
     Between the two, devices of the frame axis exchange their parts once (an all-to-all, as in
     DeepSpeed-Ulysses, arXiv 2309.14509, but of frames for pixels).
     """
-    return _constrain(x, BATCH, None, FRAME)
+    return _constrain(x, BATCH_AXES, None, FRAME_AXIS)
 
 
 def _constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or FRAME not in mesh.axis_names:
+    if mesh.empty or mesh.size == 1 or FRAME_AXIS not in mesh.axis_names:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -23,9 +23,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.models.partition import BATCH_AXES, FRAME_AXIS
 
-AXES = ("data", "fsdp", "frame", "tensor")
-BATCH_AXES = ("data", "fsdp")  # samples are spread over both
+AXES = (*BATCH_AXES, FRAME_AXIS, "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,8 @@ def batch_arithmetic(
         raise UserError(
             f"a batch of {batch_size} does not divide into {accumulate} micro-batches over data "
             f"{sizes['data']} x fsdp {sizes['fsdp']} devices and {processes} hosts: make "
-            f"batch_size {near}, or change train.accumulate or the mesh"
+            f"batch_size {near}, change train.accumulate or the mesh, or let the program see fewer "
+            "devices (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS)"
         )
     each = batch_size // (copies * accumulate)
     return (

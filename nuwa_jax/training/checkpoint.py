@@ -29,6 +29,7 @@ from nuwa_jax.training.state import TrainState
 # Changing these changes when things are shown, stored or how fast they come, not what is learnt.
 FREE_KEYS = (
     "sampling",
+    "mesh",
     "data.threads",
     "data.workers",
     "data.prefetch",

@@ -132,6 +132,11 @@ class _Run:
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
         self.mesh = make_mesh(MeshConfig.from_config(config.get("mesh", {})))
+        train, sizes, hosts = config.train, dict(self.mesh.shape), jax.process_count()
+        # Of all stages now rather than hours from now.
+        self.divided = [
+            batch_arithmetic(stage.batch_size, train.accumulate, sizes, hosts) for stage in stages
+        ]
         tokenizer_of(config)  # or captions would be read as another encoder's tokens
         self.plain = plain_config(config)
         self.main = jax.process_index() == 0
@@ -159,7 +164,6 @@ class _Run:
         """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents."""
         config, train = self.config, self.config.train
         sizes = dict(self.mesh.shape)
-        divided = batch_arithmetic(stage.batch_size, train.accumulate, sizes, jax.process_count())
         state = place(init_state(params, stage, make_optimizer(train)), self.mesh)
         replicated = check_replicated(report(state, sizes), sizes)
         if meta is None:
@@ -174,7 +178,7 @@ class _Run:
         if meta.step == 0:
             self._say(f"{stage.name}: {_count(state.params)} of {_count(params)} parameters train")
         if self.mesh.size > 1:
-            self._say(f"{stage.name}: {divided}; state: {replicated}")
+            self._say(f"{stage.name}: {self.divided[stage.index]}; state: {replicated}")
         step_fn = make_train_step(self.model, config, stage, self.mesh)
         progress = Progress(
             self.workdir,

@@ -1,6 +1,6 @@
-"""Trains a small model on a mesh of virtual CPU devices and prints its losses as JSON.
+"""Trains a small model on a mesh of virtual CPU devices; the last line tells of it as JSON.
 
-python mesh_run.py DEVICES MESH_AS_JSON STEPS WORKDIR real|fake
+python mesh_run.py DEVICES MESH_AS_JSON STEPS WORKDIR real|fake [BATCHES_AFTER_WHICH_TO_DIE]
 """
 
 import json
@@ -16,22 +16,65 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "training")]
 import fake_model  # noqa: E402
 from micro_config import get_config  # noqa: E402
 
+from nuwa_jax.data.pipeline import Batches  # noqa: E402
 from nuwa_jax.parallel import sharding  # noqa: E402
-from nuwa_jax.training.loop import train  # noqa: E402
+from nuwa_jax.training import loop  # noqa: E402
 
 
-def main(mesh: str, steps: str, workdir: str, model: str) -> None:
+class Died(Exception):
+    pass
+
+
+def main(mesh: str, steps: str, workdir: str, model: str, die_after: str = "0") -> None:
     if model == "fake":
         fake_model.install()
     sharding.MIN_SIZE = 1  # so that parameters as small as these are split, too
+    split = watch_state()
+    die_in(int(die_after))
     config = get_config()
     config.mesh.update(json.loads(mesh))
     config.curriculum = ("drag",)
     config.stages.drag.update(steps=int(steps), batch_size=8, warmup_steps=1)
-    config.train.update(log_every=1, checkpoint_every=1000)
-    train(config, workdir)
+    config.train.update(log_every=1, checkpoint_every=2)
+    try:
+        loop.train(config, workdir)
+    except Died:
+        pass
     rows = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    print(json.dumps([json.loads(row)["loss"] for row in rows if "loss" in json.loads(row)]))
+    losses = [json.loads(row)["loss"] for row in rows if "loss" in json.loads(row)]
+    print(json.dumps({"losses": losses, "split": split[-1]}))
+
+
+def watch_state() -> list[int]:
+    """After each step, how many arrays of the state that it returns lie on several devices."""
+    split = []
+    make = loop.make_train_step
+
+    def make_watched(*args):
+        step = make(*args)
+
+        def watched(*args):
+            state, metrics = step(*args)
+            whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)]
+            split.append(whole.count(False))
+            return state, metrics
+
+        return watched
+
+    loop.make_train_step = make_watched
+    return split
+
+
+def die_in(count: int) -> None:
+    draw, drawn = Batches.__next__, []
+
+    def dying(batches):
+        drawn.append(0)
+        if len(drawn) == count:
+            raise Died
+        return draw(batches)
+
+    Batches.__next__ = dying
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The same losses on one device and on meshes of eight virtual ones."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +13,55 @@ PROGRAM = Path(__file__).with_name("mesh_run.py")
 ROOT = PROGRAM.parents[2]
 
 
-def losses(devices, mesh, steps, workdir, model):
-    arguments = [devices, json.dumps(mesh), steps, workdir, model]
-    command = [sys.executable, PROGRAM, *arguments]
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+def run(devices, mesh, steps, workdir, model, die_after=0):
+    arguments = [devices, json.dumps(mesh), steps, workdir, model, die_after]
+    command = [str(part) for part in (sys.executable, PROGRAM, *arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    told = [line for line in lines if "stay whole" in line]
-    assert bool(told) == (devices > 1), done.stdout
-    return np.array(json.loads(lines[-1]))
+    told = json.loads(done.stdout.splitlines()[-1])
+    divided = [line for line in done.stdout.splitlines() if "stay whole" in line]
+    assert bool(divided) == (devices > 1), done.stdout
+    # Losses would be the same, too, if nothing were split.
+    assert (told["split"] > 0) == (mesh.get("fsdp", 1) * mesh.get("tensor", 1) > 1)
+    return np.array(told["losses"])
 
 
 def assert_same_on(mesh, steps, tmp_path, model="real"):
-    alone = losses(1, {}, steps, tmp_path / "alone", model)
-    together = losses(8, mesh, steps, tmp_path / "together", model)
+    alone = run(1, {}, steps, tmp_path / "alone", model)
+    together = run(8, mesh, steps, tmp_path / "together", model)
     assert len(alone) == len(together) == steps
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert np.ptp(alone) > 0.1  # they are of different batches
+    return alone
 
 
-def test_the_loop_gives_the_same_losses_on_a_mesh(tmp_path):
+def test_a_run_may_change_its_mesh_on_the_way(tmp_path):
     """With a stand-in for the model, whose layers no frame or tensor rule is about."""
-    assert_same_on({"data": 2, "fsdp": 4}, 6, tmp_path, "fake")
+    alone = assert_same_on({"data": 2, "fsdp": 4}, 6, tmp_path, "fake")
+    before = run(8, {"data": 1, "fsdp": 8}, 6, tmp_path / "moved", "fake", die_after=6)
+    assert 0 < len(before) < 6
+    after = run(4, {"data": 2, "fsdp": 2}, 6, tmp_path / "moved", "fake")
+    np.testing.assert_allclose(after, alone, rtol=1e-5)
+
+
+def test_activations_are_split_by_frames_and_by_pixels():
+    program = """
+import jax, json
+jax.config.update("jax_num_cpu_devices", 4)
+from jax import numpy as jnp
+from nuwa_jax.models.partition import by_frames, by_pixels
+from nuwa_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+x = jnp.zeros((2, 4, 6, 3))
+assert jax.jit(by_frames)(x).sharding.is_fully_replicated  # no mesh is in use
+with use_mesh(make_mesh(MeshConfig(data=2, frame=2))):
+    made = [jax.jit(by)(x) for by in (by_frames, by_pixels)]
+print(json.dumps([each.addressable_shards[0].data.shape for each in made]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [[1, 2, 6, 3], [1, 4, 3, 3]]
 
 
 @pytest.mark.slow
@@ -51,4 +77,5 @@ def test_the_loop_gives_the_same_losses_on_a_mesh(tmp_path):
     ids=json.dumps,
 )
 def test_losses_are_the_same_on_every_mesh(mesh, tmp_path):
+    assert math.prod(mesh.values()) == 8
     assert_same_on(mesh, 20, tmp_path)

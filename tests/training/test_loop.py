@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -411,3 +412,19 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(UserError, match="batch_size=2 must be a multiple of train.accumulate=3"):
         train(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_stage_that_does_not_divide_over_the_mesh_is_refused_before_the_first_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "nuwa_jax.training.loop.make_mesh",
+        lambda config: types.SimpleNamespace(
+            shape={"data": 2, "fsdp": 1, "frame": 1, "tensor": 1}, size=2
+        ),
+    )
+    config = short_config("autoencoder", "drag")
+    config.stages.drag.batch_size = 3
+    with pytest.raises(UserError, match="batch of 3 does not divide"):
+        train(config, tmp_path)
+    assert not (tmp_path / "stages").exists()
