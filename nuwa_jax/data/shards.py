@@ -212,7 +212,10 @@ def make_clip(input: Input, root: Folder, maker: RecordMaker) -> dict[str, Any]:
     try:
         if input.fault:
             raise Rejected(*input.fault)
-        place = find_video(root, input.places)
+        try:
+            place = find_video(root, input.places)
+        except OSError as error:
+            raise Rejected("unreadable", f"{path} cannot be looked for: {error}") from error
         if place is None:
             tried = ", ".join(dict.fromkeys(each.path for each in input.places if each.path))
             raise Rejected("missing", f"no such file under --root: {tried}")

@@ -163,7 +163,11 @@ def without_repeats(inputs: list[Input]) -> list[Input]:
 def find_video(root: Folder, places: tuple[Place, ...]) -> Place | None:
     """The first of the places whose file is below the root.
 
-    A csv comes from elsewhere: paths that lead out of the root are passed over.
+    A csv comes from elsewhere: paths that lead out of the root, and such as no disk can hold, are
+    passed over.
+
+    Raises:
+      OSError: a bucket did not say whether it has a file.
     """
     for place in places:
         name, parts = place.path, PurePosixPath(place.path)

@@ -60,10 +60,14 @@ class Folder:
             raise UserError(f"{self.url} cannot be made: {error.strerror or error}") from error
 
     def size(self, name: str) -> int:
-        """Bytes of a file, -1 if there is none."""
+        """Bytes of a file, -1 if there is none.
+
+        Raises:
+          OSError: the bucket did not say.
+        """
         if self.local:
             path = self.local / name
-            return path.stat().st_size if path.is_file() else -1
+            return path.stat().st_size if _is_file(path) else -1
         try:
             info = self._fs.info(self._path(name))
         except FileNotFoundError:
@@ -73,19 +77,19 @@ class Folder:
     def changed(self, name: str) -> int | None:
         """Nanoseconds at which a local file was last written; None in a bucket or without it."""
         path = self.local / name if self.local else None
-        return path.stat().st_mtime_ns if path and path.is_file() else None
+        return path.stat().st_mtime_ns if path and _is_file(path) else None
 
     def list(self, pattern: str) -> list[str]:
         """Names of the folder's own files that match, in order."""
         if self.local:
-            return sorted(path.name for path in self.local.glob(pattern) if path.is_file())
+            return sorted(path.name for path in self.local.glob(pattern) if _is_file(path))
         found = self._fs.glob(self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
     def walk(self) -> Iterator[str]:
         """Names of all files in it and in folders below, in order."""
         if self.local:
-            paths = (path for path in self.local.rglob("*") if path.is_file())
+            paths = (path for path in self.local.rglob("*") if _is_file(path))
             names = (path.relative_to(self.local).as_posix() for path in paths)
         else:
             root = f"{self._root.rstrip('/')}/"
@@ -159,3 +163,8 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
+
+
+def _is_file(path: Path) -> bool:
+    """Unlike `Path.is_file`, no error for names that are too long and folders that are closed."""
+    return os.path.isfile(path)

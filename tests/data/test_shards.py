@@ -242,6 +242,24 @@ def test_bug_is_counted_told_and_fails_the_run(corpus, tmp_path):
     webvid._check_limits(1001, rejects, Limits(), "rejects.jsonl")
 
 
+def test_bucket_that_does_not_answer_costs_the_clip_and_is_no_bug(corpus, monkeypatch):
+    def size(folder, name):
+        raise PermissionError(13, "Forbidden")
+
+    monkeypatch.setattr(Folder, "size", size)
+    maker = RecordMaker(OPTIONS, *load_estimators())
+    made = make_clip(Input("a", "", (Place("scene0.mp4"),)), Folder(f"file://{corpus}"), maker)
+    assert made["reason"] == "unreadable"
+    assert made["path"] == "scene0.mp4" and "Forbidden" in made["detail"]
+
+
+def test_one_row_of_rubbish_does_not_stop_a_run(corpus, tmp_path):
+    text = f"video,caption\n{'a caption that is not a name ' * 20},x\nscene0.mp4,a scene\n"
+    (tmp_path / "list.csv").write_text(text)
+    counts = prepare(tmp_path / "list.csv", corpus, tmp_path / "out", OPTIONS, layout="openvid")
+    assert (counts["records"], counts["reasons"]) == (1, {"missing": 1})
+
+
 def test_run_that_rejects_nearly_all_fails_and_says_why(corpus, tmp_path):
     with pytest.raises(UserError, match="3 of 8 inputs were rejected, mostly as 'duplicate'"):
         prepare(None, corpus, tmp_path / "b", OPTIONS, limits=Limits(max_rejected=0.2))

@@ -54,6 +54,13 @@ def test_files_are_listed_read_moved_and_removed(folder):
     assert list(folder.walk()) == ["a.mp4", "b.mp4"]
 
 
+def test_names_that_no_disk_can_hold_are_of_no_file(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write_text("a.mp4", "a file")
+    for name in ("a" * 300 + ".mp4", "a.mp4/b.mp4"):
+        assert folder.size(name) == -1
+
+
 def test_unknown_places_are_the_users_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be reached"):
         Folder("nonsense://bucket/folder")
