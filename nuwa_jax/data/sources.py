@@ -10,6 +10,7 @@ import ast
 import csv
 import dataclasses
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -215,12 +216,22 @@ def _folder_inputs(root: Folder, adapter: Callable[[PurePosixPath], Input]) -> I
         hidden = any(part.startswith(".") for part in path.parts)
         if path.suffix.lower() in VIDEO_SUFFIXES and not hidden:
             found = True
-            yield adapter(path)
+            yield _with_utf8_name(path, adapter)
     if not found:
         raise UserError(
             f"--root={root.url} has no video files ({' '.join(VIDEO_SUFFIXES)}): name another "
             "folder, or a --csv"
         )
+
+
+def _with_utf8_name(path: PurePosixPath, adapter: Callable[[PurePosixPath], Input]) -> Input:
+    """What the adapter makes of a file, or a fault: neither plan nor records hold other names."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        readable = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return Input(readable, "", (), fault=("bad_row", "the file's name is not UTF-8: rename it"))
+    return adapter(path)
 
 
 def _seconds(time: str) -> float:

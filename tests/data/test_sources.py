@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,19 @@ def test_ucf101_takes_the_class_for_a_caption(tmp_path):
     found = list(list_inputs("ucf101", None, Folder(tmp_path)))
     assert [each.caption for each in found] == ["apply eye makeup", "tai chi"]
     assert found[0].places == (Place("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi"),)
+
+
+def test_name_that_is_not_utf8_is_a_fault_of_its_own(tmp_path):
+    for name in (b"caf\xe9.mp4", "caf\u00e9.mp4".encode()):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+    good, bad = sorted(list_inputs("folder", None, Folder(tmp_path)), key=lambda each: each.id)[
+        ::-1
+    ]
+    assert good.id == "caf\u00e9.mp4" and good.fault is None
+    assert bad.id == "caf\\xe9.mp4" and bad.fault[0] == "bad_row" and not bad.places
+    for each in (good, bad):
+        assert Input.from_json(each.to_json().encode().decode()) == each
+        assert shard_of(each, 3) in range(3)
 
 
 def test_layout_and_csv_must_fit(tmp_path):
