@@ -1,7 +1,8 @@
 """What calls the units of work: this machine, or Apache Beam and through it a cluster.
 
-The units are the same functions of a job and an index (`nuwa_jax.data.shards`), so that the shards
-are too, to the byte. An array job calls `write_shard` by itself and needs nothing of this.
+The units are the same functions of a job and an index (`nuwa_jax.data.shards` and `.sealing`), so
+that the shards are too, to the byte. An array job calls `write_shard` by itself and needs nothing
+of this.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nuwa_jax.data.shards import Job, clip_pool, seal_shard, write_shard
+from nuwa_jax.data.sealing import seal_shard
+from nuwa_jax.data.shards import Job, clip_pool, write_shard
 from nuwa_jax.errors import UserError
 
 RUNNERS = ("local", "beam")

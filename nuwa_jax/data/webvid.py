@@ -31,18 +31,16 @@ from nuwa_jax.data.records import (
     tfds_metadata,
 )
 from nuwa_jax.data.runners import RUNNERS, BeamRunner, LocalRunner, Runner
+from nuwa_jax.data.sealing import find_removals, sealed_shards, unseal
 from nuwa_jax.data.shards import (
     PARTS,
     PLAN,
     Job,
     clip_pool,
-    find_removals,
     make_plan,
     read_json,
     read_stats,
-    sealed_shards,
     seconds_by_stage,
-    unseal,
     write_shard,
 )
 from nuwa_jax.data.sources import LAYOUTS

@@ -20,7 +20,8 @@ from nuwa_jax.data.prepare import ClipOptions, RecordMaker, Stopwatch
 from nuwa_jax.data.records import RecordReader
 from nuwa_jax.data.runners import BeamRunner, LocalRunner
 from nuwa_jax.data.scenes import SceneConfig, render_scene
-from nuwa_jax.data.shards import clip_pool, make_clip, planned_inputs, seal_shard, write_shard
+from nuwa_jax.data.sealing import seal_shard
+from nuwa_jax.data.shards import clip_pool, make_clip, planned_inputs, write_shard
 from nuwa_jax.data.sources import Input, Place
 from nuwa_jax.data.storage import Folder
 from nuwa_jax.data.video import read_video, resize_video, write_video
