@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -92,6 +93,11 @@ class Job:
         made_by = (SCHEMA_VERSION, self.versions(), options, estimator)
         return _sha256(json.dumps([inputs_hash, made_by]))
 
+    @functools.cached_property
+    def settings(self) -> str:
+        """Changes with all of this that does not depend on the inputs: a part notes it."""
+        return self.fingerprint("")
+
     def weights_hash(self) -> str:
         """SHA-256 of the estimator's weights, a file or a folder of files; "" for none."""
         if not self.estimator_weights:
@@ -115,7 +121,7 @@ def make_plan(job: Job, check: Callable[[dict[str, Any]], None] | None = None) -
       check: is shown the plan before anything is written; what it raises prevents that.
 
     Returns:
-      The plan: `inputs`, their number, and `hash`, which changes with them.
+      The plan: `inputs`, their number, `hash`, which changes with them, and where they were found.
 
     Raises:
       UserError: the csv or the folder is not usable.
@@ -149,7 +155,7 @@ def make_plan(job: Job, check: Callable[[dict[str, Any]], None] | None = None) -
         for index in range(job.num_shards):
             buffers[index]  # also those that have no inputs get their file
         flush()
-        made = {"inputs": count, "num_shards": job.num_shards, "hash": digest.hexdigest()}
+        made = {"inputs": count, "hash": digest.hexdigest(), **_planned_from(job)}
         if check:
             check(made)
     plan.write_text(_PLAN_FILE, json.dumps(made))
@@ -160,18 +166,32 @@ def planned_inputs(job: Job, index: int) -> list[Input]:
     """The inputs of a shard; makes the plan if it is missing.
 
     Raises:
-      UserError: as `make_plan`, or the plan that is there has another number of shards.
+      UserError: as `make_plan` and `read_plan`.
     """
+    if read_plan(job) is None:
+        make_plan(job)
     plan = Folder(job.out) / PLAN
-    found = plan.read_text(_PLAN_FILE)
-    made = json.loads(found) if found else make_plan(job)
-    if made["num_shards"] != job.num_shards:
-        raise UserError(
-            f"{plan.url} is a plan for --num_shards={made['num_shards']}, got {job.num_shards}: "
-            "use the same number for all shards, or another --out"
-        )
     lines = plan.read_text(_plan_name(index, job.num_shards)) or ""
     return without_repeats([Input.from_json(line) for line in lines.split("\n") if line])
+
+
+def read_plan(job: Job) -> dict[str, Any] | None:
+    """What `make_plan` returned; None if there is no plan.
+
+    Raises:
+      UserError: the plan that is there is of another list, folder or number of shards.
+    """
+    plan = Folder(job.out) / PLAN
+    made = read_json(plan, _PLAN_FILE)
+    if made is None:
+        return None
+    for name, ours in _planned_from(job).items():
+        if made.get(name) != ours:
+            raise UserError(
+                f"{plan.url} is a plan for --{name}={made.get(name)}, got {ours}: give all steps "
+                "the same, or list the inputs anew with --plan, or name another --out"
+            )
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +308,7 @@ def write_shard(job: Job, index: int, pool: IsolatedPool[Input]) -> dict[str, An
         stats = {
             "name": name,
             "fingerprint": fingerprint,
+            "settings": job.settings,
             **made_by,
             "bytes": path.stat().st_size,
             "sha256": hash_file(path),
@@ -304,7 +325,7 @@ def read_stats(job: Job, index: int) -> dict[str, Any]:
     """What `write_shard` said of a shard.
 
     Raises:
-      UserError: it was not written yet.
+      UserError: it was not written yet, or with other options, versions or weights than the job's.
     """
     name = shard_name(index, job.num_shards)
     stats = read_json(Folder(job.out) / PARTS, f"{name}.json")
@@ -312,6 +333,12 @@ def read_stats(job: Job, index: int) -> dict[str, Any]:
         raise UserError(
             f"shard {index} of {job.num_shards} is not there yet: run it with "
             f"--shard_index={index}, then finish"
+        )
+    if stats.get("settings") != job.settings:
+        raise UserError(
+            f"shard {index} of {job.num_shards} was made with other options, library versions or "
+            "estimator weights than are given now: give every step the same, on machines with the "
+            f"same libraries, or make it again with --shard_index={index}"
         )
     return stats
 
@@ -346,6 +373,10 @@ def _is_there(out: Folder, parts: Folder, name: str, stats: Mapping[str, Any]) -
         return True
     sealed = read_json(parts, f"{name}.sealed.json")
     return sealed is not None and is_sealed(out, stats, sealed)
+
+
+def _planned_from(job: Job) -> dict[str, Any]:
+    return {key: getattr(job, key) for key in ("layout", "csv", "root", "num_shards")}
 
 
 def _inputs_hash(inputs: Sequence[Input], root: Folder) -> str:

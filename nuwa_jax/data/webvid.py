@@ -39,6 +39,7 @@ from nuwa_jax.data.shards import (
     clip_pool,
     make_plan,
     read_json,
+    read_plan,
     read_stats,
     seconds_by_stage,
     write_shard,
@@ -162,9 +163,11 @@ def finish(job: Job, runner: Runner, limits: Limits = Limits()) -> dict[str, Any
       See `prepare`.
 
     Raises:
-      UserError: shards are missing, or the limits were passed.
+      UserError: shards are missing, were made of other inputs or with other options than the job's,
+        or the limits were passed.
     """
     out = Folder(job.out)
+    plan = _check_parts(job)
     removals = find_removals(job)
     again = [index for index, removed in enumerate(removals) if unseal(job, index, removed)]
     if again:
@@ -199,7 +202,7 @@ def finish(job: Job, runner: Runner, limits: Limits = Limits()) -> dict[str, Any
         "encoders": {},
         "layout": job.layout,
         "options": dataclasses.asdict(job.options),
-        "fingerprint": job.fingerprint(read_json(out / PLAN, "plan.json")["hash"]),
+        "fingerprint": job.fingerprint(plan["hash"]),
         "versions": job.versions(),
         "shards": [
             {key: shard[key] for key in ("name", "records", "bytes", "sha256")} for shard in shards
@@ -244,6 +247,20 @@ def _check_out(job: Job, plan: Mapping[str, Any], overwrite: bool) -> None:
             f"--out={out.url} holds records of other clips, options or versions: add --overwrite "
             "to replace them, or name another folder"
         )
+
+
+def _check_parts(job: Job) -> dict[str, Any]:
+    """The plan, of which all parts are. Nothing of a folder is changed before this is known.
+
+    Raises:
+      UserError: see `finish`.
+    """
+    plan = read_plan(job)
+    if plan is None:
+        raise UserError(f"--out={job.out} has no plan: make the shards first")
+    for index in range(job.num_shards):
+        read_stats(job, index)
+    return plan
 
 
 def _outcome(

@@ -133,6 +133,27 @@ def test_array_job_makes_the_same_bytes(corpus, reference, tmp_path):
     assert contents(tmp_path) == contents(reference[0])
 
 
+def test_parts_of_other_options_or_versions_are_not_joined(corpus, reference, tmp_path):
+    job = make_job(None, corpus, tmp_path, OPTIONS, num_shards=3)
+    finer = dataclasses.replace(OPTIONS, crf=17)
+    start(job)
+    for index, options in enumerate((OPTIONS, finer, OPTIONS)):
+        LocalRunner(1).write(dataclasses.replace(job, options=options), [index])
+    with pytest.raises(UserError, match="shard 1 of 3 was made with other options"):
+        finish(job, LocalRunner(1))
+    with pytest.raises(UserError, match="shard 0 of 3 was made with other options"):
+        finish(dataclasses.replace(job, options=finer), LocalRunner(1))
+    LocalRunner(1).write(job, [1])
+    with pytest.MonkeyPatch.context() as patch:
+        versions = {**job.versions(), "av": "0.0"}
+        patch.setattr(type(job), "versions", lambda self: versions)
+        with pytest.raises(UserError, match="shard 0 of 3 was made with .* library versions"):
+            finish(dataclasses.replace(job), LocalRunner(1))
+    assert not (tmp_path / "manifest.json").exists()
+    finish(job, LocalRunner(1))
+    assert contents(tmp_path) == contents(reference[0])
+
+
 def test_beam_makes_the_same_bytes(corpus, reference, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra: prepare")
     counts = prepare(None, corpus, tmp_path, OPTIONS, num_shards=3, runner=BeamRunner())
@@ -304,6 +325,22 @@ def test_plan_for_other_shards_is_refused(corpus, tmp_path):
     start(make_job(None, corpus, tmp_path, OPTIONS, num_shards=3))
     with pytest.raises(UserError, match="num_shards=3, got 2"):
         planned_inputs(make_job(None, corpus, tmp_path, OPTIONS, num_shards=2), 0)
+
+
+def test_plan_of_another_list_is_refused(corpus, tmp_path):
+    lists = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    for number, path in enumerate(lists):
+        path.write_text(f"video,caption\nscene{number}.mp4,a scene\n")
+    first, second = (make_job(each, corpus, tmp_path / "out", OPTIONS, "openvid") for each in lists)
+    start(first)
+    LocalRunner(1).write(first, [0])
+    with pytest.raises(UserError, match=r"plan for --csv=.*one.csv, got .*two.csv"):
+        LocalRunner(1).write(second, [0])
+    with pytest.raises(UserError, match=r"plan for --csv="):
+        finish(second, LocalRunner(1))
+    with pytest.raises(UserError, match=r"plan for --root="):
+        finish(dataclasses.replace(first, root=str(tmp_path)), LocalRunner(1))
+    assert finish(first, LocalRunner(1))["records"] == 1
 
 
 def test_span_of_a_film_becomes_a_clip(corpus, tmp_path):
