@@ -166,12 +166,14 @@ def planned_inputs(job: Job, index: int) -> list[Input]:
     """The inputs of a shard; makes the plan if it is missing.
 
     Raises:
-      UserError: as `make_plan` and `read_plan`.
+      UserError: as `make_plan` and `read_plan`, or the shard's part of the plan is missing.
     """
     if read_plan(job) is None:
         make_plan(job)
-    plan = Folder(job.out) / PLAN
-    lines = plan.read_text(_plan_name(index, job.num_shards)) or ""
+    plan, name = Folder(job.out) / PLAN, _plan_name(index, job.num_shards)
+    lines = plan.read_text(name)
+    if lines is None:
+        raise UserError(f"{plan.url}/{name} is missing: list the inputs again with --plan")
     return without_repeats([Input.from_json(line) for line in lines.split("\n") if line])
 
 

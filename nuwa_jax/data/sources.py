@@ -129,7 +129,7 @@ def list_inputs(layout: str, csv_url: str | None, root: Folder) -> Iterator[Inpu
 
     Raises:
       UserError: the layout is unknown or does not fit, the csv cannot be read, lacks a column or
-        has no rows, or there is no video in the folder.
+        has no rows with clips, or there is no video in the folder.
     """
     if layout in CSV_LAYOUTS and csv_url:
         found = _csv_inputs(csv_url, CSV_LAYOUTS[layout])
@@ -180,7 +180,7 @@ def find_video(root: Folder, places: tuple[Place, ...]) -> Place | None:
 
 
 def _csv_inputs(url: str, layout: CsvLayout) -> Iterator[Input]:
-    rows = 0
+    count = 0
     try:
         with fsspec.open(url, "r", newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -193,12 +193,13 @@ def _csv_inputs(url: str, layout: CsvLayout) -> Iterator[Input]:
                 )
             name = PurePosixPath(url).name
             for number, row in enumerate(reader, 2):
-                rows += 1
-                yield from _row_inputs(row, layout, number, name)
+                inputs = _row_inputs(row, layout, number, name)
+                count += len(inputs)
+                yield from inputs
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--csv={url} cannot be read: {error}") from error
-    if not rows:
-        raise UserError(f"{url} has no rows: nothing to prepare")
+    if not count:
+        raise UserError(f"{url} has no rows with clips: nothing to prepare")
 
 
 def _row_inputs(row: Mapping[str, Any], layout: CsvLayout, number: int, name: str) -> list[Input]:

@@ -258,8 +258,12 @@ def _check_parts(job: Job) -> dict[str, Any]:
     plan = read_plan(job)
     if plan is None:
         raise UserError(f"--out={job.out} has no plan: make the shards first")
-    for index in range(job.num_shards):
-        read_stats(job, index)
+    inputs = sum(read_stats(job, index)["inputs"] for index in range(job.num_shards))
+    if inputs != plan["inputs"]:
+        raise UserError(
+            f"the shards have {inputs} inputs, the plan has {plan['inputs']}: list the "
+            "inputs again with --plan, then make the shards again (those that are right are kept)"
+        )
     return plan
 
 
@@ -292,6 +296,8 @@ def _outcome(
 def _check_limits(
     inputs: int, rejects: Sequence[Mapping[str, str]], limits: Limits, where: str
 ) -> None:
+    if not inputs:
+        raise UserError("there are no inputs: nothing was prepared")
     bugs = [reject for reject in rejects if reject["reason"].startswith("bug:")]
     if len(bugs) > limits.max_bugs * inputs:
         first = bugs[0]

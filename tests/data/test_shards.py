@@ -327,6 +327,33 @@ def test_plan_for_other_shards_is_refused(corpus, tmp_path):
         planned_inputs(make_job(None, corpus, tmp_path, OPTIONS, num_shards=2), 0)
 
 
+def test_no_input_is_lost_with_its_part_of_the_plan(corpus, tmp_path):
+    job, runner = make_job(None, corpus, tmp_path, OPTIONS, num_shards=3), LocalRunner(1)
+    start(job)
+    sizes = [len(planned_inputs(job, index)) for index in range(3)]
+    index = int(np.argmax(sizes))
+    path = tmp_path / "plan" / f"inputs-{index:05d}-of-00003.jsonl"
+    whole = path.read_text()
+    path.unlink()
+    with pytest.raises(UserError, match="is missing: list the inputs again"):
+        runner.write(job, [index])
+    path.write_text(whole.partition("\n")[2])  # a line is gone
+    runner.write(job, range(3))
+    with pytest.raises(UserError, match="the shards have 7 inputs, the plan has 8"):
+        finish(job, runner)
+    start(job)
+    runner.write(job, [index])
+    assert finish(job, runner)["inputs"] == 8
+
+
+def test_nothing_to_prepare_is_an_error_of_one_line(corpus, tmp_path):
+    (tmp_path / "list.csv").write_text('videoID,timestamp,caption\na,"[]","[]"\n')
+    with pytest.raises(UserError, match="no rows with clips"):
+        prepare(tmp_path / "list.csv", corpus, tmp_path / "out", OPTIONS, layout="panda70m")
+    with pytest.raises(UserError, match="there are no inputs"):
+        webvid._check_limits(0, [], Limits(), "rejects.jsonl")
+
+
 def test_plan_of_another_list_is_refused(corpus, tmp_path):
     lists = [tmp_path / "one.csv", tmp_path / "two.csv"]
     for number, path in enumerate(lists):
