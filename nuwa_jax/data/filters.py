@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import itertools
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, Integer, UInt8
 
 # Side in pixels of the square copies on which cuts, stillness and hashes are judged.
 _THUMBNAIL = 64
@@ -29,6 +30,9 @@ _MIN_STROKES = 0.45
 # least two parts are equal.
 _PARTS = 10
 MAX_DISTANCE = _PARTS - 2
+
+# Hashes that share two parts: up to so many, each is compared with each.
+_CROWD = 32
 
 
 def thumbnails(video: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t s s 3"]:
@@ -117,55 +121,133 @@ def find_duplicates(
 
     In the order given, a clip is kept unless its hash differs in at most `max_distance` bits from
     one that was kept before. So the answer depends on the order of the clips and on nothing else.
+    Time and memory grow with the number of clips, and not with the square of that of copies.
 
     Returns:
       Index of a clip to drop -> (the index of the kept one it repeats, bits in which they differ).
+      Of several it is the first; the copy of one that was itself dropped repeats what that one
+      repeats.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"max_distance is from 0 to {MAX_DISTANCE} bits, got {max_distance}")
     if not len(hashes):
         return {}
-    # Copies of one clip first, so that there are few that are compared with each other.
+    # Copies of one clip first: what follows compares different hashes alone.
     _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    originals = np.sort(first)
-    near: dict[int, list[tuple[int, int]]] = {}
-    for earlier, later, distance in _near_pairs(hashes[originals], max_distance):
-        near.setdefault(int(originals[later]), []).append((int(originals[earlier]), int(distance)))
-    dropped: dict[int, tuple[int, int]] = {}
-    for index in range(len(hashes)):
-        original = int(first[inverse[index]])
-        candidates = [(original, 0)] if original < index else sorted(near.get(index, []))
-        # The copy of one that was itself dropped repeats what that one repeats.
-        if original < index and original in dropped:
-            candidates = [dropped[original]]
-        for kept, distance in candidates:
-            if kept not in dropped:
-                dropped[index] = (kept, distance)
-                break
+    original = first[inverse.reshape(-1)]
+    distinct = np.sort(first)
+    dropped = {
+        int(distinct[later]): (int(distinct[earlier]), bits)
+        for later, (earlier, bits) in _near_kept(hashes[distinct], max_distance).items()
+    }
+    for index in np.flatnonzero(original != np.arange(len(hashes))).tolist():
+        kept = int(original[index])
+        dropped[index] = dropped.get(kept, (kept, 0))
     return dropped
 
 
-def _near_pairs(
+def _near_kept(hashes: UInt8[np.ndarray, "n 16"], max_distance: int) -> dict[int, tuple[int, int]]:
+    """`find_duplicates` of hashes that all differ."""
+    pairs, crowds = _candidates(hashes, max_distance)
+    members = np.concatenate([np.zeros(0, np.int32), *crowds])
+    crowd_of = np.repeat(np.arange(len(crowds), dtype=np.int32), [len(crowd) for crowd in crowds])
+    order = np.argsort(members, kind="stable")
+    crowd_of = crowd_of[order]
+    # All others are kept, and nothing is ever compared with them.
+    nodes = np.union1d(pairs.later, members)
+    pair_ends = np.searchsorted(pairs.later, nodes, "right").tolist()
+    pair_starts = np.searchsorted(pairs.later, nodes, "left").tolist()
+    crowd_ends = np.searchsorted(members, nodes, "right", sorter=order).tolist()
+    crowd_starts = np.searchsorted(members, nodes, "left", sorter=order).tolist()
+    kept_of = [array.array("i") for _ in crowds]
+    dropped: dict[int, tuple[int, int]] = {}
+    for at, node in enumerate(nodes.tolist()):
+        near: list[tuple[int, int]] = []
+        for pair in range(pair_starts[at], pair_ends[at]):
+            earlier = int(pairs.earlier[pair])
+            if earlier not in dropped:
+                near.append((earlier, int(pairs.bits[pair])))
+                break
+        own = [kept_of[crowd] for crowd in crowd_of[crowd_starts[at] : crowd_ends[at]]]
+        filled = [np.frombuffer(kept, np.int32) for kept in own if kept]
+        if filled:
+            kept = np.concatenate(filled)
+            bits = _distance(hashes[kept], hashes[node])
+            within = bits <= max_distance
+            if within.any():
+                earlier = int(kept[within].min())
+                near.append((earlier, int(bits[kept == earlier][0])))
+        del filled  # an array that is looked at cannot grow
+        if near:
+            dropped[node] = min(near)
+        else:
+            for kept in own:
+                kept.append(node)
+    return dropped
+
+
+class _Pairs(NamedTuple):
+    """Pairs of near hashes, each once, sorted by the later and then by the earlier one."""
+
+    earlier: Int32[np.ndarray, " p"]
+    later: Int32[np.ndarray, " p"]
+    bits: UInt8[np.ndarray, " p"]
+
+
+def _candidates(
     hashes: UInt8[np.ndarray, "n 16"], max_distance: int
-) -> Iterator[tuple[int, int, int]]:
-    """Every pair (i < j, distance) of hashes within the distance; some come more than once."""
+) -> tuple[_Pairs, list[Int32[np.ndarray, " m"]]]:
+    """What must be compared so that no two near hashes are missed.
+
+    Two near hashes share at least two of their parts. Those that share two parts with a few others
+    are compared with these here. Where many share them, as many copies of one clip do, comparing
+    all would take the square of their number: such crowds are given as they are.
+    """
     bits = np.unpackbits(hashes, axis=1)
     parts = [
         np.packbits(part, axis=1, bitorder="little")
         for part in np.array_split(bits, _PARTS, axis=1)
     ]
+    del bits
     keys = [np.pad(part, ((0, 0), (0, 2 - part.shape[1]))).view("<u2")[:, 0] for part in parts]
+    none = np.zeros(0, np.int32)
+    found = [(none, none, none.astype(np.uint8))]
+    crowds = []
     for a, b in itertools.combinations(range(_PARTS), 2):
         key = keys[a].astype(np.uint32) << 16 | keys[b]
-        order = np.argsort(key, kind="stable")
+        order = np.argsort(key, kind="stable").astype(np.int32)
         same = key[order]
+        starts = np.flatnonzero(np.concatenate([[True], same[1:] != same[:-1]]))
+        sizes = np.diff(starts, append=len(order))
+        large = sizes > _CROWD
+        crowds += [order[s : s + n] for s, n in zip(starts[large], sizes[large], strict=True)]
         # Neighbours at distance 1, 2, ... in the sorted order, as long as any share their key.
-        equal, step = np.arange(len(order)), 1
-        while len(equal):
+        few = np.flatnonzero((sizes > 1) & ~large)
+        begin, left = starts[few], sizes[few]
+        equal = np.repeat(begin - np.concatenate([[0], np.cumsum(left)[:-1]]), left)
+        equal += np.arange(len(equal))
+        for step in range(1, _CROWD):
             equal = equal[equal + step < len(order)]
             equal = equal[same[equal + step] == same[equal]]
+            if not len(equal):
+                break
             i, j = order[equal], order[equal + step]
-            distance = np.bitwise_count(hashes[i] ^ hashes[j]).sum(axis=1)
-            for pair in np.flatnonzero(distance <= max_distance):
-                yield (min(i[pair], j[pair]), max(i[pair], j[pair]), distance[pair])
-            step += 1
+            distance = _distance(hashes[i], hashes[j])
+            near = np.flatnonzero(distance <= max_distance)
+            i, j, distance = i[near], j[near], distance[near]
+            # A pair may share more than two parts: it is taken at the first two of them.
+            again = np.zeros(len(i), bool)
+            for part in set(range(b)) - {a}:
+                again |= keys[part][i] == keys[part][j]
+            found.append((i[~again], j[~again], distance[~again].astype(np.uint8)))
+    earlier, later, distances = (np.concatenate(column) for column in zip(*found, strict=True))
+    by = np.lexsort((earlier, later))
+    return _Pairs(earlier[by], later[by], distances[by]), crowds
+
+
+def _distance(
+    a: UInt8[np.ndarray, "*n 16"], b: UInt8[np.ndarray, "*n 16"]
+) -> Integer[np.ndarray, "*n"]:
+    """Bits in which hashes differ."""
+    words = np.bitwise_count(a.view(np.uint64) ^ b.view(np.uint64))
+    return words.sum(axis=-1, dtype=np.uint8)

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
@@ -82,30 +84,65 @@ def test_hash_survives_encoding_and_tells_clips_apart(scenes):
     assert distance(reverse[8:], hashes[0][8:]) > 32
 
 
+def flipped(hash, bits, rng):
+    """The hash with so many of its bits changed."""
+    changed = np.unpackbits(hash)
+    changed[rng.choice(128, bits, replace=False)] ^= 1
+    return np.packbits(changed)
+
+
+def compared_with_all(hashes, most):
+    """What `find_duplicates` is by its definition."""
+    kept, dropped = [], {}
+    for index, own in enumerate(hashes):
+        bits = np.bitwise_count(hashes[kept] ^ own).sum(axis=1) if kept else np.zeros(0)
+        near = np.flatnonzero(bits <= most)
+        if len(near):
+            dropped[index] = (kept[near[0]], int(bits[near[0]]))
+        else:
+            kept.append(index)
+    return dropped
+
+
 def test_duplicates_are_those_that_comparing_all_pairs_finds():
     rng = np.random.default_rng(1)
     hashes = list(rng.integers(0, 256, (300, 16), np.uint8))
     for _ in range(300):  # near copies, also of copies, and exact ones
-        bits = np.unpackbits(hashes[rng.integers(len(hashes))])
-        flipped = rng.choice(128, rng.integers(0, 14), replace=False)
-        bits[flipped] ^= 1
-        hashes.append(np.packbits(bits))
+        hashes.append(flipped(hashes[rng.integers(len(hashes))], rng.integers(0, 14), rng))
     hashes = np.stack(hashes)
     for most in (0, 3, MAX_DISTANCE):
-        kept, expected = [], {}
-        for index, own in enumerate(hashes):
-            bits = np.bitwise_count(hashes[kept] ^ own).sum(axis=1) if kept else np.zeros(0)
-            near = np.flatnonzero(bits <= most)
-            if len(near):
-                expected[index] = (kept[near[0]], int(bits[near[0]]))
-            else:
-                kept.append(index)
-        found = find_duplicates(hashes, most)
-        assert found.keys() == expected.keys()
-        for index, (original, bits) in found.items():
-            assert original in kept and original < index
-            # Of a copy of a dropped one, the distance is that of the dropped one.
-            assert bits <= most
+        assert find_duplicates(hashes, most) == compared_with_all(hashes, most)
     assert find_duplicates(hashes[:0], 3) == {}
+    assert find_duplicates(hashes[:1], 3) == {}
     with pytest.raises(ValueError, match="max_distance"):
         find_duplicates(hashes, MAX_DISTANCE + 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_duplicates_among_many_copies_of_a_few_clips(seed):
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, 256, (5, 16), np.uint8)
+    # Some are near to all others of their crowd, some to a few of them, some to none.
+    sizes, spreads = (300, 200, 34, 33, 2), (3, 9, 5, 6, 1)
+    hashes = [
+        flipped(centre, rng.integers(0, spread + 1), rng)
+        for centre, size, spread in zip(centres, sizes, spreads, strict=True)
+        for _ in range(size)
+    ]
+    hashes = rng.permutation(np.concatenate([hashes, rng.integers(0, 256, (60, 16), np.uint8)]))
+    for most in (0, 2, 6, MAX_DISTANCE):
+        assert find_duplicates(hashes, most) == compared_with_all(hashes, most)
+
+
+def test_memory_for_duplicates_does_not_grow_with_the_square_of_the_copies():
+    rng = np.random.default_rng(0)
+    centre = rng.integers(0, 256, 16, np.uint8)
+    hashes = np.stack([flipped(centre, 3, rng) for _ in range(1000)])
+    tracemalloc.start()
+    try:
+        dropped = find_duplicates(hashes, 6)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(dropped) == 999 and {kept for kept, _ in dropped.values()} == {0}
+    assert peak < 10 << 20  # the half million pairs alone would take several times that
