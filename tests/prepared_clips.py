@@ -60,7 +60,7 @@ def make_clips(
 
     `change(record, scene)` gives the record that is written instead.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config = SceneConfig(height=height, width=width, frames=frames, supersample=1)
     listed = []
     for part in np.array_split(np.arange(count), shards):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from nuwa_jax.training.curriculum import Params, Stage, partition_for
 from nuwa_jax.training.state import TrainState
 
 # Changing these changes when things are shown, stored or how fast they come, not what is learnt.
+# Prepared clips are known by their contents (`Meta.clips`) and not by where they lie.
 FREE_KEYS = (
     "sampling",
     "mesh",
@@ -34,6 +36,8 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.prefetch_to_device",
+    "data.clips",
+    "data.sources[].path",
     "data.max_replaced_share",
     "data.allow_changed_clips",
     "train.log_every",
@@ -247,11 +251,15 @@ def _relevant(config: dict[str, Any], index: int) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(node: Any, path: str) -> None:
-        if any(path == free or path.startswith(f"{free}.") for free in FREE_KEYS):
+        name = re.sub(r"\[\d+\]", "[]", path)
+        if any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS):
             return
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else key)
+        elif isinstance(node, list) and any(isinstance(each, dict) for each in node):
+            for number, each in enumerate(node):
+                walk(each, f"{path}[{number}]")
         else:
             flat[path] = node
 

@@ -302,6 +302,49 @@ def test_going_on_with_other_clips_is_refused(tmp_path, monkeypatch):
     assert train(config, tmp_path).step == 6
 
 
+def test_clips_may_lie_elsewhere_when_going_on_but_must_be_the_same(tmp_path, monkeypatch):
+    def folders(place):
+        options = dict(frames=4, height=20, width=24)
+        clips = make_clips(tmp_path / place / "clips", count=3, **options)
+        return clips, make_clips(tmp_path / place / "more", count=2, name="more", **options)
+
+    def use(clips, more, weight=1.0):
+        config.data.update(clips=clips, clips_weight=1.0)
+        config.data.sources = ({"kind": "records", "path": more, "weight": weight},)
+
+    config = short_config("text_to_video")
+    use(*folders("here"))
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_after(patch, 4)
+        train(config, tmp_path / "dead")
+    (tmp_path / "here").rename(tmp_path / "there")
+    clips, more = (str(tmp_path / "there" / name) for name in ("clips", "more"))
+    use(clips, more, weight=2.0)
+    with pytest.raises(UserError, match=r"data.sources\[0\].weight: checkpoint 1.0, config 2.0"):
+        train(config, tmp_path / "dead")
+    use(more, clips)
+    with pytest.raises(UserError, match="not those that .* was trained on"):
+        train(config, tmp_path / "dead")
+    use(clips, more)
+    train(config, tmp_path / "dead")
+    assert rows(tmp_path / "dead") == rows(tmp_path / "whole")
+
+
+def test_a_run_goes_on_in_other_clips_if_that_is_allowed(tmp_path, monkeypatch):
+    config = short_config("text_to_video")
+    options = dict(frames=4, height=20, width=24)
+    config.data.update(clips=make_clips(tmp_path / "old", count=3, **options), clips_weight=1.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_after(patch, 4)
+        train(config, tmp_path / "run")
+    config.data.clips = make_clips(tmp_path / "new", count=4, **options)
+    with pytest.raises(UserError, match=r"\(.*new\) are not those that .*allow_changed_clips=true"):
+        train(config, tmp_path / "run")
+    config.data.allow_changed_clips = True
+    assert train(config, tmp_path / "run").step == 6
+
+
 def test_threads_workers_and_prefetching_may_change_when_going_on(tmp_path, monkeypatch):
     config = short_config("text_to_video")
     train(config, tmp_path / "whole")
