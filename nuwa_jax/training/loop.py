@@ -97,7 +97,7 @@ def train(
     _check(config, stages)
     run = _Run(config, workdir, stages, sample_fn, initial)
     with _stop_requested() as stop:
-        params, position = None, 0
+        params, before = None, None
         for stage in stages:
             with StageCheckpoints(workdir, stage.label, config.train.keep) as checkpoints:
                 latest = checkpoints.latest()
@@ -109,10 +109,10 @@ def train(
                         params = run.params_before(stage)
                         for coming in stages[stage.index :]:
                             partition_for(coming, params)  # now rather than hours from now
-                    meta, params = run.run_stage(stage, checkpoints, meta, params, position, stop)
+                    meta, params = run.run_stage(stage, checkpoints, meta, params, before, stop)
                 if not meta.done:
                     return Result(stage.name, meta.step, stop.signal)
-                position = meta.position
+                before = meta
     return Result(stage.name, meta.step, None)
 
 
@@ -158,10 +158,15 @@ class _Run:
         checkpoints: StageCheckpoints,
         meta: Meta | None,
         params: Params,
-        position: int,
+        before: Meta | None,
         stop: _Stop,
     ) -> tuple[Meta, Params]:
-        """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents."""
+        """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents.
+
+        `meta` is of the stage's own last checkpoint, `before` of the stage before it.
+        """
+        position = before.position if before else 0
+        last = meta or before
         config, train = self.config, self.config.train
         sizes = dict(self.mesh.shape)
         state = place(init_state(params, stage, make_optimizer(train)), self.mesh)
@@ -191,7 +196,8 @@ class _Run:
             write=self.main,
         )
         batches = self._batches(stage, meta.position, position)
-        if meta.step and batches.fingerprint != meta.clips and not self.data.allow_changed_clips:
+        changed = last is not None and batches.fingerprint != last.clips
+        if changed and not self.data.allow_changed_clips:
             batches.close()
             folders = ", ".join(s.path for s in self.data.mixed_sources() if s.path) or "none"
             raise UserError(

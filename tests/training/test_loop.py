@@ -345,6 +345,24 @@ def test_a_run_goes_on_in_other_clips_if_that_is_allowed(tmp_path, monkeypatch):
     assert train(config, tmp_path / "run").step == 6
 
 
+def test_clips_that_change_between_stages_are_refused(tmp_path):
+    options = dict(frames=4, height=20, width=24)
+    folder = make_clips(tmp_path / "clips", count=3, **options)
+
+    def config_of(*curriculum):
+        config = short_config(*curriculum)
+        config.data.update(clips=folder, clips_weight=1.0)
+        return config
+
+    train(config_of("text_to_video"), tmp_path / "run")
+    make_clips(tmp_path / "clips", count=4, **options)
+    config = config_of("text_to_video", "drag")
+    with pytest.raises(UserError, match="not those that .* was trained on"):
+        train(config, tmp_path / "run")
+    config.data.allow_changed_clips = True
+    assert train(config, tmp_path / "run").stage == "drag"
+
+
 def test_threads_workers_and_prefetching_may_change_when_going_on(tmp_path, monkeypatch):
     config = short_config("text_to_video")
     train(config, tmp_path / "whole")
