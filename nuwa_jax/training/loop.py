@@ -140,6 +140,9 @@ class _Run:
         tokenizer_of(config)  # or captions would be read as another encoder's tokens
         self.plain = plain_config(config)
         self.main = jax.process_index() == 0
+        # Checked once, before the first stage that runs: what it starts from is whole on this host,
+        # which placed parameters need not be, and no stage that takes latents trains an encoder.
+        self.encoders_checked = False
 
     def params_before(self, stage: Stage) -> Params:
         """What a stage starts from: the averages of the one before it, or initial parameters."""
@@ -206,8 +209,9 @@ class _Run:
                 "give another --workdir, or go on in the new ones with "
                 "--config.data.allow_changed_clips=true"
             )
-        if batches.encoders:
-            check_encoders(state.all_params(), batches.encoders)
+        if batches.encoders and not self.encoders_checked:
+            check_encoders(params, batches.encoders)
+            self.encoders_checked = True
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
 

@@ -16,6 +16,8 @@ from nuwa_jax.data.tokenizer import encode_text
 from nuwa_jax.data.video import read_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
+from nuwa_jax.parallel.sharding import place
+from nuwa_jax.training import loop
 from nuwa_jax.training.curriculum import stages_from_config
 from nuwa_jax.training.loop import train
 from nuwa_jax.training.optim import make_optimizer
@@ -163,5 +165,17 @@ def test_a_run_trains_on_latents_and_refuses_to_train_an_autoencoder_on_them(tmp
     with pytest.raises(UserError, match="stages.autoencoder trains the autoencoder"):
         train(config, tmp_path / "refused")
     config.curriculum = ("text_to_video", "flow", "drag")
+    checked, placed = [], []
+
+    def place_and_note(tree, mesh):
+        tree = place(tree, mesh)
+        placed.extend(jax.tree.leaves(tree.frozen))
+        return tree
+
+    monkeypatch.setattr(loop, "place", place_and_note)
+    monkeypatch.setattr(loop, "check_encoders", lambda params, made: checked.append(params))
     result = train(config, tmp_path / "run")
     assert (result.stage, result.step) == ("drag", 6)
+    # Placed parameters need not be whole on a host: none of them is looked at.
+    (params,) = checked
+    assert placed and not {id(a) for a in placed} & {id(a) for a in jax.tree.leaves(params)}
