@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -243,7 +244,8 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.records = 0
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Machines that share a folder may have processes of one number.
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
     def __enter__(self) -> ShardWriter:
         # Groups of one: a damaged chunk costs one record, and reading one decodes no other.
