@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -95,8 +95,8 @@ class Mixture:
       encoders: of each prepared folder, what its latents and text embeddings were made with.
 
     Raises:
-      UserError: records cannot be opened, are not what their manifest says, do not fit the config,
-        or lie in more shards than this process may open files.
+      UserError: records cannot be opened, are not what their manifest says, do not fit the config
+        or each other, or lie in more shards than this process may open files.
     """
 
     def __init__(
@@ -115,6 +115,8 @@ class Mixture:
                 self._sources.append(_Records(config, source, seed, order, wanted))
         _check_open_files([s.num_shards for s in self._sources if isinstance(s, _Records)])
         self.encoders = [s.encoders for s in self._sources if isinstance(s, _Records)]
+        if config.format == "latents":
+            _check_same_parts([s.path for s in chosen if s.kind == "records"], self.encoders)
         prints = [s.fingerprint for s in self._sources if s.fingerprint]
         joined = hashlib.sha256("".join(prints).encode()).hexdigest() if prints else ""
         self.fingerprint = prints[0] if len(prints) == 1 else joined
@@ -340,6 +342,18 @@ def _window_flow(
     flow = np.stack(resized) * scale.astype(np.float32)
     flow[0] = 0  # the first frame of a window has none before it
     return flow
+
+
+def _check_same_parts(paths: Sequence[str], encoders: Sequence[Mapping[str, str]]) -> None:
+    """A batch has text embeddings or none: the first that mixes them would come after hours."""
+    made = [" and ".join(sorted(each)) or "nothing that it says" for each in encoders]
+    other = next((number for number, what in enumerate(made) if what != made[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{paths[0]} was encoded with {made[0]}, {paths[other]} with {made[other]}, so their "
+            "records do not make batches: run python -m nuwa_jax.generation.precompute on both "
+            "with the same --text"
+        )
 
 
 def _check_open_files(shards: Sequence[int]) -> None:

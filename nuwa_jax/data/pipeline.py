@@ -290,7 +290,13 @@ def _synthesise_drags(
 
 
 def _stack(elements: Sequence[_Made]) -> _Made:
-    columns = zip(*(each.batch for each in elements), strict=True)
+    columns = list(zip(*(each.batch for each in elements), strict=True))
+    for name, column in zip(Batch._fields, columns, strict=True):
+        lacking = [value is None for value in column]
+        if any(lacking) and not all(lacking):
+            raise RecordError(
+                f"some records have {name} and some have none: prepare the clips again, all alike"
+            )
     return _Made(
         Batch(*(None if column[0] is None else np.stack(column) for column in columns)),
         sum(each.from_records for each in elements),

@@ -1,6 +1,8 @@
 import collections
 import dataclasses
+import json
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +108,43 @@ def test_more_shards_than_files_may_be_open_are_refused_at_once(tmp_path, monkey
     make_batches(config, seed=0, batch_size=1).close()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     make_batches(config, seed=0, batch_size=1).close()
+
+
+def test_folders_with_and_without_text_embeddings_do_not_mix(tmp_path):
+    def make(name, **encoders):
+        def change(record, scene):
+            del scene
+            text = np.zeros((3, 4), np.float16) if "text" in encoders else None
+            latents = np.zeros((5, 3, 4, 2), np.float16)
+            return dataclasses.replace(record, latents=latents, text_embedding=text)
+
+        size = dict(frames=5, height=24, width=32)
+        folder = make_clips(tmp_path / name, count=3, change=change, **size)
+        manifest = tmp_path / name / "manifest.json"
+        described = json.loads(manifest.read_text()) | {"encoders": encoders}
+        manifest.write_text(json.dumps(described))
+        return folder
+
+    def first_batch(other):
+        config = dataclasses.replace(
+            SMALL,
+            clips=make("both", autoencoder="1", text="2"),
+            clips_weight=1.0,
+            scenes_weight=0.0,
+            format="latents",
+            sources=(SourceConfig("records", other, 1.0),),
+        )
+        return take(config, 1)[0]
+
+    assert first_batch(make("same", autoencoder="1", text="2")).text_embedding.shape == (2, 3, 4)
+    bare = make("bare", autoencoder="1")
+    with pytest.raises(
+        UserError, match=r"both .* autoencoder and text, .*bare with autoencoder, so"
+    ):
+        first_batch(bare)
+    # A manifest that says otherwise than its records are.
+    manifest = Path(bare) / "manifest.json"
+    lying = json.loads(manifest.read_text()) | {"encoders": {"autoencoder": "1", "text": "2"}}
+    manifest.write_text(json.dumps(lying))
+    with pytest.raises(UserError, match="some records have text_embedding and some have none"):
+        first_batch(bare)
