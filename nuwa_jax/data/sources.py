@@ -92,6 +92,8 @@ def _panda70m(row: Mapping[str, str]) -> list[Input]:
     spans, captions = ast.literal_eval(row["timestamp"]), ast.literal_eval(row["caption"])
     inputs = []
     for index, (span, caption) in enumerate(zip(spans, captions, strict=True)):
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {index} is {caption!r}, not text")
         start, end = (_seconds(each) for each in span)
         film = Place(f"{name}.mp4", (start, end))
         places = (Place(f"{name}_{index}.mp4"), Place(f"{name}/{index}.mp4"), film)
@@ -182,7 +184,11 @@ def find_video(root: Folder, places: tuple[Place, ...]) -> Place | None:
 def _csv_inputs(url: str, layout: CsvLayout) -> Iterator[Input]:
     count = 0
     try:
-        with fsspec.open(url, "r", newline="", encoding="utf-8-sig") as file:
+        opened = fsspec.open(url, "r", newline="", encoding="utf-8-sig")
+    except (ValueError, ImportError) as error:  # of a kind that nothing here can open
+        raise UserError(f"--csv={url} cannot be read: {error}") from error
+    try:
+        with opened as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             missing = [column for column in layout.columns if column not in columns]
@@ -204,8 +210,11 @@ def _csv_inputs(url: str, layout: CsvLayout) -> Iterator[Input]:
 
 def _row_inputs(row: Mapping[str, Any], layout: CsvLayout, number: int, name: str) -> list[Input]:
     try:
-        return layout.inputs({column: (row[column] or "").strip() for column in layout.columns})
-    except (ValueError, SyntaxError, TypeError) as error:
+        inputs = layout.inputs({column: (row[column] or "").strip() for column in layout.columns})
+        for each in inputs:
+            (each.id + each.caption).encode()  # what Python's escapes make need not be text
+        return inputs
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         fault = ("bad_row", f"row {number} of {name} cannot be read: {error}")
         return [Input(f"row {number}", "", (), fault=fault)]
 
@@ -235,6 +244,11 @@ def _with_utf8_name(path: PurePosixPath, adapter: Callable[[PurePosixPath], Inpu
     return adapter(path)
 
 
-def _seconds(time: str) -> float:
-    hours, minutes, seconds = time.split(":")
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+def _seconds(time: Any) -> float:
+    parts = time.split(":") if isinstance(time, str) else ()
+    if len(parts) != 3:
+        raise ValueError(f"a time is written 'hours:minutes:seconds', got {time!r}")
+    seconds = 3600 * int(parts[0]) + 60 * int(parts[1]) + float(parts[2])
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{time!r} is no time in a film")
+    return seconds

@@ -377,6 +377,10 @@ def main(argv: Sequence[str]) -> None:
         values.estimator_weights,
     )
     limits = built(Limits)
+    if values.workers < 0:
+        raise UserError(f"--workers is at least 0 (one per core), got {values.workers}")
+    if not values.clip_timeout > 0:
+        raise UserError(f"--clip_timeout is above 0 seconds, got {values.clip_timeout:g}")
     if (values.shard_index is not None) + values.plan + values.finish > 1:
         raise UserError("--plan, --shard_index and --finish are three steps: give one of them")
     if values.runner == "beam":

@@ -57,6 +57,40 @@ def test_panda70m_makes_a_clip_of_every_span(tmp_path):
     assert [each.fault[0] for each in found[2:]] == ["bad_row", "bad_row"]
 
 
+@pytest.mark.parametrize(
+    "spans,captions",
+    [
+        ("[[1.0, 2.0]]", "['a']"),
+        ("[['1', '2']]", "['a']"),
+        ("[['0:00:nan', '0:00:02']]", "['a']"),
+        ("[['0:00:01', '0:00:02']]", "[None]"),
+        ("[['0:00:01', '0:00:02']]", r"['\ud800']"),
+        ("[" * 5000, "['a']"),
+        ("5", "['a']"),
+    ],
+)
+def test_row_of_anything_is_a_fault_and_the_next_row_is_read(tmp_path, spans, captions):
+    found = rows(
+        "panda70m",
+        tmp_path,
+        f'videoID,timestamp,caption\nabc,"{spans}","{captions}"\n'
+        "def,\"[['0:00:01', '0:00:02']]\",\"['a cat']\"\n",
+    )
+    assert [each.id for each in found] == ["row 2", "def_0"]
+    assert found[0].fault[0] == "bad_row" and "row 2 of list.csv" in found[0].fault[1]
+    found[0].to_json().encode()
+
+
+@pytest.mark.parametrize("error", [ImportError("Install gcsfs"), ValueError("Protocol not known")])
+def test_list_that_nothing_can_open_is_the_users_error(tmp_path, monkeypatch, error):
+    def open_url(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("nuwa_jax.data.sources.fsspec.open", open_url)
+    with pytest.raises(UserError, match=f"--csv=gs://x cannot be read: {error}"):
+        list(list_inputs("openvid", "gs://x", Folder(tmp_path)))
+
+
 def test_ucf101_takes_the_class_for_a_caption(tmp_path):
     for name in ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi", "TaiChi/v_TaiChi_g02_c01.avi"):
         (tmp_path / name).parent.mkdir()

@@ -289,6 +289,10 @@ def test_command_line_errors_are_one_line_and_exit_code_2(folder, tmp_path):
     done = run(f"--csv={tmp_path / 'bad.csv'}", f"--root={folder}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "contentUrl" in done.stderr
+    for flag in ("--workers=-1", "--clip_timeout=0", "--clip_timeout=nan", "--csv=foo://x"):
+        done = run(f"--root={folder}", f"--out={tmp_path / 'out'}", flag)
+        assert done.returncode == 2 and flag.partition("=")[0] in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
     done = run(f"--root={folder}")
     assert done.returncode == 2 and "--out is needed" in done.stderr
 
