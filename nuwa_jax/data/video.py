@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,6 +29,14 @@ MAX_CLIP_BYTES = 4 << 30
 
 # Written into the file where the picture had to be padded to even sides, read back to undo it.
 _SIZE_COMMENT = "nuwa_jax picture size "
+
+# FFmpeg's names of formats that are sought in exactly. MPEG program and transport streams, for one,
+# are sought in by bytes, and the times of what is then decoded first are guesses.
+_SOUGHT_IN = {"mov", "mp4", "matroska", "webm"}
+
+# An AVI has the order in which frames are decoded, not shown: they are counted. So are frames of
+# streams without a container.
+_WITHOUT_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo"}
 
 
 class VideoError(UserError):
@@ -103,7 +112,8 @@ def read_video(
 
     Args:
       source: a path, or the bytes of a file.
-      start: seconds from the beginning at which to start, exact to a frame.
+      start: seconds from the beginning at which to start, exact to a frame. mp4, mov, mkv and webm
+        are decoded from the key frame before it, others from their beginning.
       max_frames: frames to return at most; all there are by default.
       stride: take every so manieth frame.
       fps: instead of `stride`: the stride that comes nearest to this rate, so that frames stay
@@ -325,13 +335,29 @@ def _decode_from(
     if start <= 0:
         yield from container.decode(stream)
         return
+    names = set(container.format.name.split(","))
     first = (stream.start_time or 0) + round(start / float(stream.time_base))
-    container.seek(first, stream=stream, backward=True)
     tolerance = 0.5 / rate / float(stream.time_base)
-    for frame in container.decode(stream):
+    if names & _SOUGHT_IN:
+        container.seek(first, stream=stream, backward=True)
+        frames = container.decode(stream)
+        frame = next(frames, None)
+        if frame is not None and frame.pts is not None and frame.pts <= first + tolerance:
+            yield from _shown_from(itertools.chain([frame], frames), first - tolerance, name)
+            return
+        # A key frame may be decoded before `start` and shown after it.
+        container.seek(stream.start_time or 0, stream=stream, backward=True)
+    if names & _WITHOUT_TIMES:
+        yield from itertools.islice(container.decode(stream), round(start * rate), None)
+    else:
+        yield from _shown_from(container.decode(stream), first - tolerance, name)
+
+
+def _shown_from(frames: Iterable[av.VideoFrame], time: float, name: str) -> Iterator[av.VideoFrame]:
+    for frame in frames:
         if frame.pts is None:
             raise VideoError(f"{name} has no time stamps: only its beginning can be read")
-        if frame.pts >= first - tolerance:
+        if frame.pts >= time:
             yield frame
 
 

@@ -77,6 +77,44 @@ def test_part_of_a_clip_is_exact(path):
     assert nearest_fps == 8
 
 
+def write_with(path, video, codec, container_format, **options):
+    with av.open(str(path), "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in video:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    "name,codec,container_format,options",
+    [
+        ("a.mpg", "mpeg1video", "mpeg", {}),
+        ("b.mpg", "mpeg2video", "mpeg", {"bf": "2"}),
+        ("a.avi", "mpeg4", "avi", {}),
+        ("b.avi", "mpeg4", "avi", {"bf": "2"}),
+        ("h264.avi", "libx264", "avi", {}),
+        ("a.ts", "libx264", "mpegts", {}),
+        ("a.flv", "libx264", "flv", {}),
+        ("mpeg4.mp4", "mpeg4", "mp4", {"bf": "2"}),
+        ("a.mov", "libx264", "mov", {"g": "12"}),
+        ("a.mkv", "libx264", "matroska", {"g": "12", "x264-params": "open-gop=1"}),
+        ("a.264", "libx264", "h264", {}),
+    ],
+)
+def test_part_of_a_clip_is_exact_in_any_container(tmp_path, name, codec, container_format, options):
+    moving = render_scene(3, SceneConfig(height=46, width=64, frames=1)).video[0]
+    video = np.stack([np.roll(moving, 2 * shift, axis=1) for shift in range(40)])
+    write_with(tmp_path / name, video, codec, container_format, **options)
+    whole, fps = read_video(tmp_path / name)
+    assert len(whole) == 40
+    for first in (1, 9, 10, 11, 12, 13, 24, 25, 38):
+        part, _ = read_video(tmp_path / name, start=first / fps, max_frames=2)
+        np.testing.assert_array_equal(part, whole[first : first + 2], err_msg=str(first))
+
+
 def test_start_after_the_end_is_an_error(path):
     with pytest.raises(VideoError, match="no frame at 99 s"):
         read_video(path, start=99)
