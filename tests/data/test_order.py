@@ -1,6 +1,7 @@
 """The same global order however the work is divided: hosts, threads, workers, batches, restarts."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -113,8 +114,10 @@ def test_the_next_batch_is_on_the_device_before_it_is_asked_for(config):
     batches = make_batches(config, seed=7, batch_size=2, num_batches=6, transfer=transfer)
     for drawn in range(1, 4):
         next(batches)
-        while len(moved) < drawn + 2:  # made by another thread; hangs if nothing makes them
-            pass
+        deadline = time.monotonic() + 60  # another thread makes them
+        while len(moved) < drawn + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(moved) >= drawn + 2
     batches.close()
 
 
