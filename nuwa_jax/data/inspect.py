@@ -1,6 +1,6 @@
 """Shows what is in a folder of prepared clips, or in scenes, as one HTML page.
 
-python -m nuwa_jax.data.inspect DIR [--out=inspect.html] [--clips=24] [--seed=0]
+python -m nuwa_jax.data.inspect DIR [--out=inspect.html] [--clips=24] [--sample=500] [--seed=0]
 python -m nuwa_jax.data.inspect DIR --config=configs/nuwa.py [--step=0]
 python -m nuwa_jax.data.inspect --scenes=200 [--config=configs/tiny.py]
 
@@ -103,6 +103,11 @@ class Options:
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is at least {least}, got {getattr(self, name)}")
 
+    @property
+    def looked_at(self) -> int:
+        """How many clips are read: the sample, and at least those that are shown."""
+        return max(self.sample, self.clips)
+
 
 def inspect_folder(folder: str | os.PathLike[str], options: Options) -> tuple[str, dict[str, Any]]:
     """The page of a prepared folder, and its counts.
@@ -117,7 +122,8 @@ def inspect_folder(folder: str | os.PathLike[str], options: Options) -> tuple[st
     rejects = _read_rejects(folder / REJECTS)
     if rejects is not None:
         manifest["rejects listed"] = sum(rejects.reasons.values()) + rejects.unreadable
-    note = f"A sample of {min(options.sample, len(reader)):,} of {len(reader):,} records"
+    read_of = min(options.looked_at, len(reader))
+    note = f"A sample of {read_of:,} of {len(reader):,} records"
 
     def read(index: int) -> Clip:
         return _clip_of_record(reader.read(index))
@@ -188,7 +194,7 @@ def _inspect(
     options: Options,
 ) -> tuple[str, dict[str, Any]]:
     rng = np.random.default_rng(options.seed)
-    sampled = rng.permutation(count)[: max(options.sample, options.clips)]
+    sampled = rng.permutation(count)[: options.looked_at]
     shown = set(sampled[: options.clips].tolist())
     synthesis = at_step(options.synthesis, options.step)
     statistics = Statistics()

@@ -83,8 +83,10 @@ class Job:
 
     def versions(self) -> dict[str, str]:
         """Of this program and of the libraries that records depend on."""
+        from nuwa_jax.estimation import package_versions
+
         packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        return {"nuwa_jax": nuwa_jax.__version__} | packages
+        return {"nuwa_jax": nuwa_jax.__version__} | packages | package_versions(self.estimator)
 
     def fingerprint(self, inputs_hash: str) -> str:
         """Changes with the inputs, options, programs and weights that records depend on."""

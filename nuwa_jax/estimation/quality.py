@@ -80,6 +80,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             "needed are --scenes >= 0, --points >= 1, --frames >= 2 and sides of 16 or more"
         )
+    out = Path(OUT.value) if OUT.value else None
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no folder {out.parent}, make it first")
     backends = dict.fromkeys(BACKEND.value)
     paths = weight_paths(list(backends), WEIGHTS.value)
     pairs = find_pairs(GT.value) if GT.value else []
@@ -89,9 +92,9 @@ def main(argv: Sequence[str]) -> None:
     )
     print("\n".join(tables(report)))
     text = json.dumps(report)
-    if OUT.value:
-        Path(OUT.value).write_text(text + "\n")
     print(text)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def weight_paths(backends: Sequence[str], given: Sequence[str]) -> dict[str, str]:

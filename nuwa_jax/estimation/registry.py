@@ -5,6 +5,8 @@ Looking one up imports what it needs and no more: `lk_dis` runs in processes tha
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +26,8 @@ def load_estimators(name: str = "lk_dis", weights: str = "") -> Estimators:
 
     Args:
       name: one of `BACKENDS`. `lk_dis`: OpenCV's Lucas-Kanade and DIS, which need no weights.
-        `gmflow`: GMFlow, and tracks along its flow. `tapir`: TAPIR or BootsTAPIR, and DIS.
+        `gmflow`: GMFlow, and tracks along its flow; `gmflow_x2`: on pictures enlarged by 2, which
+        finds small motion, for four times the computing. `tapir`: TAPIR or BootsTAPIR, and DIS.
       weights: path of its weights, where it has any.
 
     Raises:
@@ -41,12 +44,12 @@ def _lk_dis(weights: str) -> Estimators:
     return Estimators(LucasKanadeTracker(), DISFlow())
 
 
-def _gmflow(weights: str) -> Estimators:
+def _gmflow(weights: str, upsample: int | None = None) -> Estimators:
     if not weights:
         raise UserError("gmflow needs its weights: give the file that nuwa_jax.convert made")
     from nuwa_jax.estimation.gmflow import FlowTracker, GMFlowEstimator
 
-    flow = GMFlowEstimator(weights)
+    flow = GMFlowEstimator(weights, upsample=upsample)
     return Estimators(FlowTracker(flow), flow)
 
 
@@ -61,5 +64,26 @@ def _tapir(weights: str) -> Estimators:
 BACKENDS: dict[str, Callable[[str], Estimators]] = {
     "lk_dis": _lk_dis,
     "gmflow": _gmflow,
+    "gmflow_x2": functools.partial(_gmflow, upsample=2),
     "tapir": _tapir,
 }
+
+# Packages, besides OpenCV, on whose versions the numbers of a backend depend.
+_JAX = ("jax", "jaxlib", "flax")
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "lk_dis": (),
+    "gmflow": _JAX,
+    "gmflow_x2": _JAX,
+    "tapir": (*_JAX, "tapnet"),
+}
+
+
+def package_versions(name: str) -> dict[str, str]:
+    """The installed versions of a backend's `PACKAGES`; nothing is imported."""
+    versions = {}
+    for package in PACKAGES.get(name, ()):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "from source"  # a checkout on the path has no metadata
+    return versions

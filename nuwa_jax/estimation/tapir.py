@@ -11,7 +11,6 @@ not trust.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.estimation.registry import package_versions
 from nuwa_jax.estimation.weights import file_hash
 from nuwa_jax.motion.estimators import check_track_inputs
 from nuwa_jax.motion.tracks import Tracks, TrackState, inside, resize_points
 
 SIDE = 256  # of the square that clips are resized to, as in training
+# What reading something else as a pickle of parameters can raise.
+_NOT_A_CHECKPOINT = (
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError, ImportError),
+    pickle.UnpicklingError,
+)
 QUERIES = 64  # points at a time; others are made up, so that their number compiles nothing anew
 
 
@@ -53,7 +58,9 @@ class TapirTracker:
         network = model.ParameterizedTAPIR(params, state, tapir_kwargs=options)
         self._run = jax.jit(_visible_tracks(network))
         kind = "bootstapir" if boots else "tapir"
-        self.name = f"{kind}-1 (tapnet {_version()}, weights {file_hash(path)})"
+        self.name = (
+            f"{kind}-1 (tapnet {package_versions('tapir')['tapnet']}, weights {file_hash(path)})"
+        )
 
     def track(
         self, video: UInt8[np.ndarray, "t h w 3"], points: Float[np.ndarray, "k 2"]
@@ -119,12 +126,5 @@ def _load_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return checkpoint["params"], checkpoint["state"]
     except OSError as error:
         raise UserError(f"weights {path} cannot be read ({error}): {wanted}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except _NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} is no checkpoint of tapnet ({error!r}): {wanted}") from error
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("tapnet")
-    except importlib.metadata.PackageNotFoundError:
-        return "from source"

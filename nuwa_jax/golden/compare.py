@@ -10,13 +10,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 
-# The rounding is that of any other level; compiling a U-Net takes a fraction of the time. YNNPACK's
-# convolutions, though, round twice as much as XLA's own (and PyTorch's); its sums round less.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-}
+from nuwa_jax.models.video_ldm import QUICK_COMPILE
+
+# YNNPACK's convolutions round twice as much as XLA's own (and PyTorch's), its sums round less.
+QUICK = QUICK_COMPILE | {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 RELATIVE = "relative L2"
 ELEMENTWISE = "relative, elementwise"

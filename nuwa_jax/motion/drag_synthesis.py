@@ -96,9 +96,9 @@ class Drags(NamedTuple):
 
     Attributes:
       tracks: positions and states.
-      camera: bool [n], the drags of the background.
+      camera: bool [n], the drags of a background that moves.
       on: what they were drawn to lie on: "object", "camera", "both", or "none" if nothing moves
-        that may be dragged; then there are anchors at most.
+        that may be dragged; then they are anchors, or move by less than `min_motion`.
     """
 
     tracks: Tracks
@@ -151,7 +151,8 @@ def synthesise_drags(
     if groups is None:
         camera = np.zeros(drags.num_tracks, bool)
     else:
-        camera = (groups[choice.tracks] == BACKGROUND) & ~_still(drags)
+        moved = _background_moves(displacement[kept], groups, config.sampler.min_motion)
+        camera = (groups[choice.tracks] == BACKGROUND) & ~_still(drags) & moved
     return Drags(drags, camera, on)
 
 
@@ -163,11 +164,10 @@ def _draw_part(
     frequency: DragsOn,
 ) -> str:
     """What `drawn`, in [0, 1), stands for among what the clip has."""
-    moving, background = displacement >= least, groups == BACKGROUND
+    moving = displacement >= least
     has = {
         "both": moving.any(),
-        # On the whole: of many tracks on a still background, one or the other is wrong.
-        "camera": background.any() and displacement[background].mean() >= least,
+        "camera": _background_moves(displacement, groups, least),
         "object": (moving & (groups > BACKGROUND)).any(),
     }
     weights = {part: getattr(frequency, part) * bool(there) for part, there in has.items()}
@@ -177,6 +177,14 @@ def _draw_part(
             return part
         left -= weight
     return "none"
+
+
+def _background_moves(
+    displacement: Float[np.ndarray, " k"], groups: Int[np.ndarray, " k"], least: float
+) -> bool:
+    """On the whole: of many tracks on a still background, one or the other is wrong."""
+    background = groups == BACKGROUND
+    return bool(background.any() and displacement[background].mean() >= least)
 
 
 def _needs_groups(sampler: SamplerConfig) -> bool:

@@ -11,7 +11,6 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.tensor_files import SafetensorsFile
 
 torch = pytest.importorskip("torch")
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_diffusers_gives_the_same_output_from_what_is_exported(ours, tmp_path):
     import jax
 
     from nuwa_jax.models.unet import UNet
-    from nuwa_jax.models.video_ldm import VideoLDM
+    from nuwa_jax.models.video_ldm import QUICK_COMPILE, VideoLDM
 
     folder, config, params = ours
     export(folder, tmp_path, "hf")
@@ -69,7 +68,7 @@ def test_diffusers_gives_the_same_output_from_what_is_exported(ours, tmp_path):
 
     vector = np.concatenate([sinusoids(numbers[:, i], 256) for i in range(3)], axis=-1)
     with jax.default_matmul_precision("highest"):
-        apply = jax.jit(UNet(model.unet).apply, compiler_options=QUICK)
+        apply = jax.jit(UNet(model.unet).apply, compiler_options=QUICK_COMPILE)
         found = apply({"params": params["unet"]}, x, c_noise, context, vector)
     with torch.no_grad():
         expected = theirs(
@@ -87,7 +86,7 @@ def test_diffusers_encodes_and_decodes_the_same(ours, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     import jax
 
-    from nuwa_jax.models.video_ldm import VideoLDM
+    from nuwa_jax.models.video_ldm import QUICK_COMPILE, VideoLDM
 
     folder, config, params = ours
     # Theirs builds its middle block with layers_per_block res blocks; Stability's always has 2.
@@ -101,7 +100,7 @@ def test_diffusers_encodes_and_decodes_the_same(ours, tmp_path):
     video = np.random.default_rng(2).uniform(-1, 1, (1, 2, 16, 24, 3)).astype(np.float32)
     with jax.default_matmul_precision("highest"):
         encode, decode = (
-            jax.jit(method, compiler_options=QUICK)
+            jax.jit(method, compiler_options=QUICK_COMPILE)
             for method in (model.posterior, model.decode_raw)
         )
         mean, _ = encode(params, video)

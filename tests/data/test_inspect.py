@@ -213,6 +213,8 @@ def test_fewer_clips_are_shown_than_counted(folder):
     assert counts == {"clips": 4, "sampled": 3, "shown": 2, "damaged": 0}
     assert len(Page(text).images) == 1 + 3 * 2
     assert "Distributions over 3 clips" in Page(text).words
+    text, counts = inspect_folder(folder, Options(clips=3, sample=1))
+    assert counts["sampled"] == 3 and "A sample of 3 of 4 records" in Page(text).words
 
 
 def damage(folder):

@@ -1,6 +1,7 @@
 """The unit of work: the same bytes whoever calls it, whatever happened before."""
 
 import dataclasses
+import importlib.metadata
 import json
 import signal
 import subprocess
@@ -319,6 +320,18 @@ def test_any_caption_comes_through_the_plan(tmp_path, separator):
     job = make_job(tmp_path / "list.csv", tmp_path, tmp_path / "out", OPTIONS, num_shards=1)
     (found,) = planned_inputs(job, 0)
     assert found.caption.split() == caption.split()
+
+
+def test_job_of_a_learned_estimator_depends_on_what_computes_it(corpus, tmp_path, monkeypatch):
+    plain = make_job(None, corpus, tmp_path, OPTIONS)
+    job = dataclasses.replace(plain, estimator="gmflow")
+    assert "jaxlib" not in plain.versions()
+    before, version = job.fingerprint(""), importlib.metadata.version
+    assert job.versions()["jaxlib"] == version("jaxlib")
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0" if name == "jaxlib" else version(name)
+    )
+    assert job.fingerprint("") != before
 
 
 def test_plan_for_other_shards_is_refused(corpus, tmp_path):

@@ -65,7 +65,10 @@ def test_names_tell_the_weights(narrow, tmp_path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(pathlib.Path(narrow).read_bytes())
     assert load_estimators("gmflow", str(copy)).flow.name == flow.name
-    assert GMFlowEstimator(narrow, upsample=2).name.endswith(", enlarged 2)")
+    enlarged = load_estimators("gmflow_x2", narrow)
+    assert (
+        enlarged.flow.name.endswith(", enlarged 2)") and enlarged.flow.name in enlarged.tracker.name
+    )
     with pytest.raises(ValueError, match="at least 1"):
         GMFlowEstimator(narrow, batch=0)
 

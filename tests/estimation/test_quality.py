@@ -48,6 +48,7 @@ def test_one_report_of_flow_and_tracks(tmp_path):
         (["--frames=1"], "--frames >= 2"),
         (["--gt=/nowhere"], "is no folder"),
         (["--backend=gmflow"], "gmflow needs its weights"),
+        (["--out=/nowhere/report.json"], "there is no folder /nowhere"),
     ],
 )
 def test_mistakes_are_said_in_one_line(flags, said):

@@ -1,10 +1,12 @@
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 
 from nuwa_jax.errors import UserError
-from nuwa_jax.estimation import load_estimators
+from nuwa_jax.estimation import BACKENDS, load_estimators, package_versions
+from nuwa_jax.estimation.registry import PACKAGES
 
 
 def test_the_default_needs_no_weights_and_no_jax():
@@ -23,3 +25,10 @@ def test_unknown_backends_and_superfluous_weights_are_named():
         load_estimators("raft")
     with pytest.raises(UserError, match=r"no weights.*model\.safetensors"):
         load_estimators("lk_dis", "model.safetensors")
+
+
+def test_versions_that_learned_backends_depend_on_are_told():
+    assert PACKAGES.keys() == BACKENDS.keys()
+    assert package_versions("lk_dis") == {}
+    assert package_versions("gmflow_x2")["jaxlib"] == importlib.metadata.version("jaxlib")
+    assert package_versions("tapir")["tapnet"]  # installed or not

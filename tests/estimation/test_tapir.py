@@ -84,6 +84,9 @@ def test_what_is_missing_is_said(tapnet, tmp_path, monkeypatch):
     (tmp_path / "text.npy").write_text("no pickle")
     with pytest.raises(UserError, match="no checkpoint of tapnet"):
         load_estimators("tapir", str(tmp_path / "text.npy"))
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises(UserError, match="no checkpoint of tapnet"):
+        load_estimators("tapir", str(tmp_path / "empty.npy"))
     monkeypatch.setitem(sys.modules, "tapnet.models.tapir_model", None)
     with pytest.raises(UserError, match=r"pip install git\+https.*tapnet"):
         load_estimators("tapir", checkpoint(tmp_path / "c.npy", "tapir"))

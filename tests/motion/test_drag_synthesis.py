@@ -87,6 +87,21 @@ def test_a_still_background_can_be_held_by_anchors_of_no_camera():
     assert held > 5
 
 
+@pytest.mark.parametrize("kind", ["motion", "grid", "region", "dense"])
+@pytest.mark.parametrize("drags_on", [(1, 0, 0), (0, 0, 1)])
+def test_what_a_tracker_errs_on_a_still_background_is_no_camera(kind, drags_on):
+    tracks, groups = clip(camera=(0.0, 0.0))
+    noise = np.random.default_rng(0).normal(0, 0.05, tracks.points.shape)
+    noisy = Tracks(tracks.points + noise, tracks.state), groups
+    sampler = SamplerConfig(kind=kind, max_count=64, mask_ratio=(0.0, 0.5))
+    count = 0
+    for seed in range(5):
+        drags = synthesise(noisy, drags_on, seed, sampler=sampler)
+        assert not drags.camera.any()
+        count += (owners(drags, clip()) == 0).sum()
+    assert count > 0
+
+
 @pytest.mark.parametrize("kind", ["motion", "grid", "region", "dense", "object"])
 @pytest.mark.parametrize("known", [True, False])
 def test_same_generator_same_drags_with_states_and_inside(kind, known):

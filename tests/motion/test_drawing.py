@@ -2,22 +2,10 @@
 
 import numpy as np
 import pytest
+from drawn_drags import FRAMES, GREY, HEIGHT, WIDTH, changed, drag
 
 from nuwa_jax.motion import drawing
 from nuwa_jax.motion.tracks import Tracks, TrackState
-
-HEIGHT, WIDTH, FRAMES = 60, 90, 5
-GREY = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
-
-
-def drag(start=(20.0, 30.0), step=(10.0, 0.0), states=None):
-    points = np.array(start) + np.arange(FRAMES)[:, None] * np.array(step)
-    states = np.full(FRAMES, TrackState.VISIBLE) if states is None else np.asarray(states)
-    return Tracks(points[None], states[None])
-
-
-def changed(picture, ground):
-    return (np.abs(picture.astype(int) - ground.astype(int)) > 8).any(axis=-1)
 
 
 @pytest.mark.parametrize("scale", [1, 3])
