@@ -21,7 +21,7 @@ from PIL import Image
 from nuwa_jax.data.prepare import ClipOptions
 from nuwa_jax.data.records import RecordReader
 from nuwa_jax.data.video import read_video
-from nuwa_jax.data.webvid import prepare
+from nuwa_jax.data.webvid import make_job, prepare
 from nuwa_jax.errors import UserError, run_main
 from nuwa_jax.evaluation import protocol
 from nuwa_jax.evaluation.report import metrics_table
@@ -71,7 +71,7 @@ def run(out: Path, clips: Path | None, num_scenes: int) -> None:
         report.step(f"preparing the clips of {clips}")
         prepared = out / "clips"
         options = ClipOptions(height=64, width=64, frames=8)
-        counts = prepare(_csv_of(clips), clips, prepared, options, overwrite=True)
+        counts = prepare(make_job(_csv_of(clips), clips, prepared, options), overwrite=True)
         print(f"{counts['records']} records of {counts['inputs']} clips", flush=True)
 
     report.step("sampling with the shipped model")

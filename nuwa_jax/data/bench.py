@@ -34,7 +34,7 @@ from nuwa_jax.data.pipeline import make_batches
 from nuwa_jax.data.prepare import ClipOptions
 from nuwa_jax.data.records import RecordReader
 from nuwa_jax.data.soak import Soak, soak
-from nuwa_jax.data.webvid import prepare
+from nuwa_jax.data.webvid import make_job, prepare
 from nuwa_jax.errors import UserError, run_main
 
 _THEIRS = Path(__file__).with_name("bench_torch.py")
@@ -76,7 +76,7 @@ def time_preparation(root: Path, out: Path, options: ClipOptions) -> dict[str, A
     `clips_per_core` goes by the seconds of the stages that the clips went through.
     """
     wall, cpu = time.perf_counter(), cpu_seconds()
-    counts = prepare(None, root, out, options, overwrite=True)
+    counts = prepare(make_job(None, root, out, options), overwrite=True)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     return {
         **counts,

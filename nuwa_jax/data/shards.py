@@ -62,8 +62,8 @@ class Job:
       csv: its path or URL; "" for none.
       root: path or URL of the folder that holds the videos.
       out: path or URL of the folder for records.
-      num_shards: to make.
       options: how clips become records.
+      num_shards: to make.
       estimator: name of the tracker and the flow estimator, as `nuwa_jax.estimation` knows them.
       estimator_weights: path of their weights, "" for none.
     """
@@ -72,8 +72,8 @@ class Job:
     csv: str
     root: str
     out: str
-    num_shards: int
     options: ClipOptions
+    num_shards: int = 1
     estimator: str = "lk_dis"
     estimator_weights: str = ""
 

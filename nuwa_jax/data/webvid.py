@@ -72,18 +72,39 @@ class Limits:
                 raise UserError(f"--{name} is a share from 0 to 1, got {value}")
 
 
-def prepare(
+def make_job(
     csv_path: str | os.PathLike[str] | None,
     root: str | os.PathLike[str],
     out: str | os.PathLike[str],
     options: ClipOptions,
-    *,
     layout: str | None = None,
-    num_shards: int = 1,
+    **settings: Any,
+) -> Job:
+    """A job in which most need not be said.
+
+    Args:
+      csv_path: path or URL; None takes the files of `root`.
+      root: folder that holds the videos, path or URL.
+      out: folder for the records, path or URL.
+      options: how clips become records.
+      layout: of the csv or the folder; by default webvid with a csv, folder without.
+      settings: others of `Job`.
+    """
+    return Job(
+        layout=layout or ("folder" if csv_path is None else "webvid"),
+        csv="" if csv_path is None else os.fspath(csv_path),
+        root=os.fspath(root),
+        out=os.fspath(out),
+        options=options,
+        **settings,
+    )
+
+
+def prepare(
+    job: Job,
+    *,
     overwrite: bool = False,
     runner: Runner | None = None,
-    estimator: str = "lk_dis",
-    estimator_weights: str = "",
     limits: Limits = Limits(),
 ) -> dict[str, Any]:
     """Makes a folder of records from a csv, or from every video of a folder.
@@ -92,16 +113,9 @@ def prepare(
     so that an interrupted run goes on where it was.
 
     Args:
-      csv_path: path or URL; None takes the files of `root`.
-      root: folder that holds the videos, path or URL.
-      out: folder for the records, path or URL.
-      options: how clips become records.
-      layout: of the csv or the folder; by default webvid with a csv, folder without.
-      num_shards: to make.
+      job: see `make_job`.
       overwrite: replace records of other clips or options.
       runner: what calls the units of work; by default this machine's processes.
-      estimator: what follows points and estimates flow, see `nuwa_jax.estimation`.
-      estimator_weights: path of its weights.
       limits: when the run counts as failed.
 
     Returns:
@@ -114,34 +128,10 @@ def prepare(
       UserError: the csv or the folder is not usable, `out` holds something else, or the limits were
         passed (then `rejects.jsonl` is there, but no manifest).
     """
-    job = make_job(csv_path, root, out, options, layout, num_shards, estimator, estimator_weights)
     start(job, overwrite=overwrite)
     runner = runner or LocalRunner()
-    runner.write(job, range(num_shards))
+    runner.write(job, range(job.num_shards))
     return finish(job, runner, limits)
-
-
-def make_job(
-    csv_path: str | os.PathLike[str] | None,
-    root: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    options: ClipOptions,
-    layout: str | None = None,
-    num_shards: int = 1,
-    estimator: str = "lk_dis",
-    estimator_weights: str = "",
-) -> Job:
-    """The job that these arguments of `prepare` name."""
-    return Job(
-        layout=layout or ("folder" if csv_path is None else "webvid"),
-        csv="" if csv_path is None else os.fspath(csv_path),
-        root=os.fspath(root),
-        out=os.fspath(out),
-        num_shards=num_shards,
-        options=options,
-        estimator=estimator,
-        estimator_weights=estimator_weights,
-    )
 
 
 def start(job: Job, *, overwrite: bool = False) -> None:
@@ -372,9 +362,9 @@ def main(argv: Sequence[str]) -> None:
         values.out,
         built(ClipOptions),
         values.layout,
-        values.num_shards,
-        values.estimator,
-        values.estimator_weights,
+        num_shards=values.num_shards,
+        estimator=values.estimator,
+        estimator_weights=values.estimator_weights,
     )
     limits = built(Limits)
     if values.workers < 0:
@@ -399,13 +389,11 @@ def main(argv: Sequence[str]) -> None:
         counts |= {"accepted": len(stats["clips"]), "rejects": len(stats["rejects"])}
     elif values.finish:
         counts = finish(job, runner, limits)
-    else:
+    elif values.plan:
         start(job, overwrite=values.overwrite)
-        if values.plan:
-            counts = read_json(Folder(job.out) / PLAN, "plan.json")
-        else:
-            runner.write(job, range(job.num_shards))
-            counts = finish(job, runner, limits)
+        counts = read_plan(job)
+    else:
+        counts = prepare(job, overwrite=values.overwrite, runner=runner, limits=limits)
     print(json.dumps(counts))
 
 

@@ -68,7 +68,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference")
-    return out, prepare(None, corpus, out, OPTIONS, num_shards=3)
+    return out, prepare(make_job(None, corpus, out, OPTIONS, num_shards=3))
 
 
 def contents(out):
@@ -97,14 +97,14 @@ def test_near_duplicates_leave_one_record_the_first_in_the_list(reference):
 
 
 def test_duplicates_are_the_same_in_any_number_of_shards(corpus, reference, tmp_path):
-    counts = prepare(None, corpus, tmp_path, OPTIONS, num_shards=1)
+    counts = prepare(make_job(None, corpus, tmp_path, OPTIONS, num_shards=1))
     assert counts["reasons"] == reference[1]["reasons"]
     assert (tmp_path / REJECTS).read_bytes() == (reference[0] / REJECTS).read_bytes()
 
 
 def test_duplicates_are_kept_if_asked_for(corpus, tmp_path):
     options = dataclasses.replace(OPTIONS, max_distance=-1)
-    assert prepare(None, corpus, tmp_path, options)["records"] == 7
+    assert prepare(make_job(None, corpus, tmp_path, options))["records"] == 7
 
 
 def test_tfds_reads_the_folder(reference):
@@ -157,7 +157,7 @@ def test_parts_of_other_options_or_versions_are_not_joined(corpus, reference, tm
 
 def test_beam_makes_the_same_bytes(corpus, reference, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra: prepare")
-    counts = prepare(None, corpus, tmp_path, OPTIONS, num_shards=3, runner=BeamRunner())
+    counts = prepare(make_job(None, corpus, tmp_path, OPTIONS, num_shards=3), runner=BeamRunner())
     assert counts["reasons"] == reference[1]["reasons"]
     ours, theirs = contents(tmp_path), contents(reference[0])
     assert ours == theirs
@@ -166,7 +166,7 @@ def test_beam_makes_the_same_bytes(corpus, reference, tmp_path):
 def test_buckets_get_the_same_bytes(corpus, reference, tmp_path):
     # fsspec's view of the disk stands in for a bucket: the same code, but for the driver.
     url = f"file://{tmp_path}/out"
-    prepare(None, f"file://{corpus}", url, OPTIONS, num_shards=3, runner=LocalRunner(1))
+    prepare(make_job(None, f"file://{corpus}", url, OPTIONS, num_shards=3), runner=LocalRunner(1))
     ours, theirs = contents(tmp_path / "out"), contents(reference[0])
     assert {name: data for name, data in ours.items() if name.startswith("clips-")} == {
         name: data for name, data in theirs.items() if name.startswith("clips-")
@@ -175,7 +175,7 @@ def test_buckets_get_the_same_bytes(corpus, reference, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     # Nothing is made again.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clips-*")}
-    prepare(None, f"file://{corpus}", url, OPTIONS, num_shards=3, runner=LocalRunner(1))
+    prepare(make_job(None, f"file://{corpus}", url, OPTIONS, num_shards=3), runner=LocalRunner(1))
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clips-*")}
 
 
@@ -279,17 +279,17 @@ def test_bucket_that_does_not_answer_costs_the_clip_and_is_no_bug(corpus, monkey
 def test_one_row_of_rubbish_does_not_stop_a_run(corpus, tmp_path):
     text = f"video,caption\n{'a caption that is not a name ' * 20},x\nscene0.mp4,a scene\n"
     (tmp_path / "list.csv").write_text(text)
-    counts = prepare(tmp_path / "list.csv", corpus, tmp_path / "out", OPTIONS, layout="openvid")
+    counts = prepare(make_job(tmp_path / "list.csv", corpus, tmp_path / "out", OPTIONS, "openvid"))
     assert (counts["records"], counts["reasons"]) == (1, {"missing": 1})
 
 
 def test_run_that_rejects_nearly_all_fails_and_says_why(corpus, tmp_path):
     with pytest.raises(UserError, match="3 of 8 inputs were rejected, mostly as 'duplicate'"):
-        prepare(None, corpus, tmp_path / "b", OPTIONS, limits=Limits(max_rejected=0.2))
+        prepare(make_job(None, corpus, tmp_path / "b", OPTIONS), limits=Limits(max_rejected=0.2))
     assert len((tmp_path / "b" / REJECTS).read_text().splitlines()) == 3
     assert not (tmp_path / "b" / "manifest.json").exists()
     # What was made is kept: with another limit, the run ends at once.
-    prepare(None, corpus, tmp_path / "b", OPTIONS, limits=Limits(max_rejected=0.5))
+    prepare(make_job(None, corpus, tmp_path / "b", OPTIONS), limits=Limits(max_rejected=0.5))
     with pytest.raises(UserError, match="--max_bugs"):
         Limits(max_bugs=2.0)
 
@@ -299,13 +299,13 @@ def test_changed_clip_changes_what_repeats_it(corpus, tmp_path):
     root.mkdir()
     for name in ("scene1.mp4", "zz.mp4", "scene0.mp4"):
         (root / name).write_bytes((corpus / name).read_bytes())
-    counts = prepare(None, root, tmp_path / "out", OPTIONS, num_shards=3, runner=runner)
+    counts = prepare(make_job(None, root, tmp_path / "out", OPTIONS, num_shards=3), runner=runner)
     assert counts["reasons"] == {"duplicate": 1}
     # The original of zz.mp4 becomes another clip, so that zz.mp4 must come back.
     write_video(root / "scene1.mp4", moving_scene(9), 24)
-    counts = prepare(None, root, tmp_path / "out", OPTIONS, num_shards=3, runner=runner)
+    counts = prepare(make_job(None, root, tmp_path / "out", OPTIONS, num_shards=3), runner=runner)
     assert counts["records"] == 3
-    prepare(None, root, tmp_path / "fresh", OPTIONS, num_shards=3, runner=runner)
+    prepare(make_job(None, root, tmp_path / "fresh", OPTIONS, num_shards=3), runner=runner)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -362,7 +362,7 @@ def test_no_input_is_lost_with_its_part_of_the_plan(corpus, tmp_path):
 def test_nothing_to_prepare_is_an_error_of_one_line(corpus, tmp_path):
     (tmp_path / "list.csv").write_text('videoID,timestamp,caption\na,"[]","[]"\n')
     with pytest.raises(UserError, match="no rows with clips"):
-        prepare(tmp_path / "list.csv", corpus, tmp_path / "out", OPTIONS, layout="panda70m")
+        prepare(make_job(tmp_path / "list.csv", corpus, tmp_path / "out", OPTIONS, "panda70m"))
     with pytest.raises(UserError, match="there are no inputs"):
         webvid._check_limits(0, [], Limits(), "rejects.jsonl")
 
@@ -473,7 +473,7 @@ def write_large(path, frames):
 
 
 def test_everything_in_a_wild_folder_is_accounted_for(wild, tmp_path):
-    counts = prepare(None, wild, tmp_path, OPTIONS, num_shards=2, limits=Limits(1.0, 0.0))
+    counts = prepare(make_job(None, wild, tmp_path, OPTIONS, num_shards=2), limits=Limits(1.0, 0.0))
     lines = [json.loads(line) for line in (tmp_path / REJECTS).read_text().splitlines()]
     reasons = {line["id"]: line["reason"] for line in lines}
     reader = RecordReader(tmp_path)

@@ -84,7 +84,7 @@ def write_csv(path, rows):
 @pytest.fixture(scope="module")
 def prepared(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared")
-    return out, prepare(folder / "webvid.csv", folder, out, OPTIONS)
+    return out, prepare(make_job(folder / "webvid.csv", folder, out, OPTIONS))
 
 
 def read_rejects(out):
@@ -156,7 +156,7 @@ def test_tracks_follow_the_picture(prepared):
 def test_several_windows_of_a_clip_do_not_overlap(folder, tmp_path):
     write_csv(tmp_path / "one.csv", [("000002", "", "", "long")])
     options = ClipOptions(**{**vars(OPTIONS), "windows": 3, "frames": 6, "flow_divisor": 2})
-    counts = prepare(tmp_path / "one.csv", folder, tmp_path / "out", options)
+    counts = prepare(make_job(tmp_path / "one.csv", folder, tmp_path / "out", options))
     reader = RecordReader(tmp_path / "out")
     starts = [reader.read(i).start for i in range(len(reader))]
     assert counts["inputs"] == counts["accepted"] == 1 and counts["records"] == len(starts) == 3
@@ -170,7 +170,7 @@ def test_folder_without_csv_takes_captions_from_file_names(tmp_path):
     write_video(root / "deep" / "red_ball-rolls.mp4", moving_scene(1), 24)
     (root / ".hidden.mp4").write_bytes(b"x")
     (root / "readme.txt").write_text("x")
-    counts = prepare(None, root, tmp_path / "out", OPTIONS)
+    counts = prepare(make_job(None, root, tmp_path / "out", OPTIONS))
     assert (counts["inputs"], counts["records"]) == (1, 1)
     record = RecordReader(tmp_path / "out").read(0)
     assert record.caption == "red ball rolls"
@@ -179,7 +179,7 @@ def test_folder_without_csv_takes_captions_from_file_names(tmp_path):
 
 def test_shards_hold_the_same_records_however_many_there_are(folder, prepared, tmp_path):
     one = RecordReader(prepared[0])
-    counts = prepare(folder / "webvid.csv", folder, tmp_path, OPTIONS, num_shards=3)
+    counts = prepare(make_job(folder / "webvid.csv", folder, tmp_path, OPTIONS, num_shards=3))
     three = RecordReader(tmp_path)
     for key in ("inputs", "accepted", "records", "rejects", "reasons"):
         assert counts[key] == prepared[1][key]
@@ -221,17 +221,17 @@ def test_finished_shard_is_kept_and_an_unfinished_one_is_made_again(folder, tmp_
 def test_records_of_other_options_are_not_mixed(folder, tmp_path):
     write_csv(tmp_path / "one.csv", [("000000", "good.mp4", "", "good")])
     out = tmp_path / "out"
-    prepare(tmp_path / "one.csv", folder, out, OPTIONS)
-    prepare(tmp_path / "one.csv", folder, out, OPTIONS)
+    prepare(make_job(tmp_path / "one.csv", folder, out, OPTIONS))
+    prepare(make_job(tmp_path / "one.csv", folder, out, OPTIONS))
     other = ClipOptions(**{**vars(OPTIONS), "height": 32})
     with pytest.raises(UserError, match="--overwrite"):
-        prepare(tmp_path / "one.csv", folder, out, other)
+        prepare(make_job(tmp_path / "one.csv", folder, out, other))
     with pytest.raises(UserError, match="--overwrite"):
-        prepare(tmp_path / "one.csv", folder, out, OPTIONS, num_shards=2)
+        prepare(make_job(tmp_path / "one.csv", folder, out, OPTIONS, num_shards=2))
     assert RecordReader(out).read(0).height == 48
-    prepare(tmp_path / "one.csv", folder, out, other, overwrite=True)
+    prepare(make_job(tmp_path / "one.csv", folder, out, other), overwrite=True)
     assert RecordReader(out).read(0).height == 32
-    prepare(tmp_path / "one.csv", folder, out, other, overwrite=True, num_shards=2)
+    prepare(make_job(tmp_path / "one.csv", folder, out, other, num_shards=2), overwrite=True)
     assert sorted(path.name for path in (out / "plan").iterdir()) == [
         "inputs-00000-of-00002.jsonl",
         "inputs-00001-of-00002.jsonl",
@@ -240,13 +240,17 @@ def test_records_of_other_options_are_not_mixed(folder, tmp_path):
     assert len(list(out.glob("clips-*"))) == 2
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(UserError, match="not of prepared clips"):
-        prepare(tmp_path / "one.csv", folder, tmp_path, OPTIONS, overwrite=True)
+        prepare(make_job(tmp_path / "one.csv", folder, tmp_path, OPTIONS), overwrite=True)
 
 
 def test_unusable_input_is_one_line(folder, tmp_path):
     def check(message, csv_path=folder / "webvid.csv", root=folder, **options):
         with pytest.raises(UserError, match=message) as error:
-            prepare(csv_path, root, tmp_path / "out", ClipOptions(**{**vars(OPTIONS), **options}))
+            prepare(
+                make_job(
+                    csv_path, root, tmp_path / "out", ClipOptions(**{**vars(OPTIONS), **options})
+                )
+            )
         assert "\n" not in str(error.value)
 
     bad = tmp_path / "bad.csv"
@@ -304,7 +308,7 @@ def test_real_clips_become_records(tmp_path):
     chosen = [(row["videoid"], row["contentUrl"], row["page_dir"], row["name"]) for row in rows]
     write_csv(tmp_path / "some.csv", chosen)
     options = ClipOptions(height=64, width=64, frames=8, min_frames=8)
-    counts = prepare(tmp_path / "some.csv", CLIPS, tmp_path / "out", options)
+    counts = prepare(make_job(tmp_path / "some.csv", CLIPS, tmp_path / "out", options))
     assert counts["inputs"] == 4 and counts["records"] >= 2
     record = RecordReader(tmp_path / "out").read(0)
     assert read_video(record.video)[0].shape == (8, 64, 64, 3)
