@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -19,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from nuwa_jax.data.config import DataConfig
 from nuwa_jax.data.device import to_device
@@ -27,9 +24,10 @@ from nuwa_jax.data.pipeline import Batches, make_batches
 from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
-from nuwa_jax.models.video_ldm import VideoLDM, to_float
+from nuwa_jax.models.video_ldm import VideoLDM
 from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic, batch_sharding, make_mesh
 from nuwa_jax.parallel.sharding import check_replicated, place, report
+from nuwa_jax.training.calibration import calibrate_latents
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
 from nuwa_jax.training.curriculum import (
     LATENTS,
@@ -44,6 +42,7 @@ from nuwa_jax.training.precomputed import check_encoders
 from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
+from nuwa_jax.training.stopping import Stop, stop_requested
 
 # Steps given to the device before the host waits for one. It bounds how late a metric is read, and
 # so how far training runs on after something went wrong.
@@ -96,7 +95,7 @@ def train(
     stages = stages_from_config(config)
     _check(config, stages)
     run = _Run(config, workdir, stages, sample_fn, initial)
-    with _stop_requested() as stop:
+    with stop_requested() as stop:
         params, before = None, None
         for stage in stages:
             with StageCheckpoints(workdir, stage.label, config.train.keep) as checkpoints:
@@ -162,7 +161,7 @@ class _Run:
         meta: Meta | None,
         params: Params,
         before: Meta | None,
-        stop: _Stop,
+        stop: Stop,
     ) -> tuple[Meta, Params]:
         """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents.
 
@@ -310,34 +309,6 @@ class _Run:
             print(text, flush=True)
 
 
-def calibrate_latents(
-    model: VideoLDM, params: Params, videos: Sequence[UInt8[np.ndarray, "b t h w 3"]]
-) -> dict[str, Float[Array, " c"]]:
-    """`params["latents"]` under which the latents of `videos` are normalised, channel by channel.
-
-    Their mean becomes 0 and their deviation 1. A channel that hardly varies (less than 1 % of the
-    liveliest one's deviation) is not blown up beyond 100 times the scale of that one.
-    """
-    posterior = jax.jit(lambda p, video: model.posterior(p, to_float(video))[0])
-    count, total, squares = 0, 0.0, 0.0
-    for video in videos:
-        z = np.asarray(posterior(params, video), np.float64).reshape(-1, _channels(params))
-        count, total, squares = count + len(z), total + z.sum(0), squares + (z**2).sum(0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    if not std.max() > 0:
-        raise UserError(
-            "the autoencoder's latents are constant over the data: train it longer before the "
-            "stages that build on it (stages.autoencoder.steps)"
-        )
-    scale = 1.0 / np.maximum(std, 0.01 * std.max())
-    return {"mean": jnp.asarray(mean, jnp.float32), "scale": jnp.asarray(scale, jnp.float32)}
-
-
-def _channels(params: Params) -> int:
-    return params[LATENTS]["mean"].shape[0]
-
-
 def _check(config: ml_collections.ConfigDict, stages: Sequence[Stage]) -> None:
     train = config.train
     for key in ("log_every", "checkpoint_every", "accumulate", "calibration_batches"):
@@ -368,33 +339,3 @@ def _share(stage: Stage, step: int, elapsed: float) -> float:
 
 def _count(params: Params) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
-
-
-@dataclasses.dataclass
-class _Stop:
-    """Set by a signal: stop at the next step boundary."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def _stop_requested() -> Iterator[_Stop]:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    previous = {}
-
-    def note(number: int, _: object) -> None:
-        stop.signal = number
-        signal.signal(number, previous[number])
-        os.write(2, b"stopping: saving a checkpoint after this step\n")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
