@@ -153,6 +153,18 @@ def full_size() -> ConfigDict:
     return c
 
 
+def pod(c: ConfigDict) -> ConfigDict:
+    """What the configs for pods have in common: the mesh, the batch, precomputed latents."""
+    # 320 channels divide by 64 and by no larger power of two: more devices hold further copies.
+    c.mesh.update(data=-1, fsdp=64)
+    c.data.format = "latents"
+    c.data.flip_probability = 0.0  # latents cannot be mirrored
+    c.curriculum = tuple(name for name in c.curriculum if name != "autoencoder")
+    for stage in c.stages.values():
+        stage.batch_size = 256  # one clip per chip of a v5e:16x16
+    return c
+
+
 def variant(c: ConfigDict, arg: str | None, name: str) -> ConfigDict:
     """The config itself, or for `small` the same at widths and sizes that a CPU can step."""
     if not arg:
@@ -162,6 +174,8 @@ def variant(c: ConfigDict, arg: str | None, name: str) -> ConfigDict:
     c.data.height, c.data.width, c.data.frames = 32, 64, 3
     c.data.text_length = 32
     c.data.scenes_weight, c.data.clips_weight = 1.0, 0.0
+    c.data.format = "video"  # scenes have no latents
+    c.mesh.update(data=-1, fsdp=1)
     c.model.dtype = "float32"
     c.model.autoencoder.update(base_channels=16, channel_mult=(1, 1), num_res_blocks=1)
     c.model.unet.update(

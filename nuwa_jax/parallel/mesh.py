@@ -106,11 +106,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
                 f"mesh.slices is {config.slices}, these devices are of {found}: set it to that"
             )
         per_slice = (shape[0] // config.slices, *shape[1:])
+        # An axis of 64 on a torus of 16x16 takes a part of one of its dimensions.
         array = mesh_utils.create_hybrid_device_mesh(
-            per_slice, (config.slices, 1, 1, 1), devices=devices
+            per_slice, (config.slices, 1, 1, 1), devices=devices, allow_split_physical_axes=True
         )
     elif devices[0].platform == "tpu":
-        array = mesh_utils.create_device_mesh(shape, devices=devices)
+        array = mesh_utils.create_device_mesh(
+            shape, devices=devices, allow_split_physical_axes=True
+        )
     else:
         # Hosts in order: the batch that a host reads stays on its own devices.
         array = np.array(devices).reshape(shape)
@@ -122,6 +125,23 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
     """Makes `mesh` the one that the models' sharding constraints speak of."""
     with jax.set_mesh(mesh):
         yield mesh
+
+
+class OnMesh:
+    """A jitted function that is always traced with `mesh` in use."""
+
+    def __init__(self, jitted: jax.stages.Wrapped, mesh: Mesh) -> None:
+        self._jitted, self._mesh = jitted, mesh
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        with use_mesh(self._mesh):
+            return self._jitted(*args)
+
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """The function traced, not run: its jaxpr, and what `lower` and `compile` begin with."""
+        with use_mesh(self._mesh):
+            return self._jitted.trace(*args)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

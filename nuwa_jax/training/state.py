@@ -43,8 +43,20 @@ def init_state(params: Params, stage: Stage, optimizer: optax.GradientTransforma
     Raises:
       UserError: the stage's rules do not fit the parameters, or one of these is not finite.
     """
-    trainable, frozen = partition_for(stage, params)
+    partition_for(stage, params)  # first, as what it says of wrong rules is the plainer
     _check_finite(stage, params)
+    return fresh_state(params, stage, optimizer)
+
+
+def fresh_state(
+    params: Params, stage: Stage, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """`init_state` without a look at the values, which shapes alone (`jax.eval_shape`) do not have.
+
+    Raises:
+      UserError: the stage's rules do not fit the parameters.
+    """
+    trainable, frozen = partition_for(stage, params)
     copy = lambda tree: jax.tree.map(lambda a: jnp.array(a, copy=True), tree)  # noqa: E731
     # Copies, because the step donates every buffer and none may be given away twice.
     return TrainState(

@@ -19,7 +19,7 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
-from nuwa_jax.parallel.mesh import use_mesh
+from nuwa_jax.parallel.mesh import OnMesh
 from nuwa_jax.parallel.sharding import shardings
 from nuwa_jax.training.curriculum import Params, Stage, merge
 from nuwa_jax.training.optim import clip_by_norm, ema_update, make_optimizer
@@ -97,13 +97,7 @@ def make_train_step(
         state = jax.tree.map(jax.lax.with_sharding_constraint, state, where)
         return state, metrics
 
-    jitted = jax.jit(placed, donate_argnums=0)
-
-    def on_mesh(*args: Any) -> tuple[TrainState, Metrics]:
-        with use_mesh(mesh):
-            return jitted(*args)
-
-    return on_mesh
+    return OnMesh(jax.jit(placed, donate_argnums=0), mesh)
 
 
 class Draws(NamedTuple):
