@@ -155,8 +155,9 @@ def full_size() -> ConfigDict:
 
 def pod(c: ConfigDict) -> ConfigDict:
     """What the configs for pods have in common: the mesh, the batch, precomputed latents."""
-    # 320 channels divide by 64 and by no larger power of two: more devices hold further copies.
-    c.mesh.update(data=-1, fsdp=64)
+    # Gradients of 16 parts are scattered in whole tiles (320 / 16 is not, 640 / 16 and more are);
+    # of 64 parts most are not, and the compiler adds them whole on every device instead.
+    c.mesh.update(data=-1, fsdp=16)
     c.data.format = "latents"
     c.data.flip_probability = 0.0  # latents cannot be mirrored
     c.curriculum = tuple(name for name in c.curriculum if name != "autoencoder")

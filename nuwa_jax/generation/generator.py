@@ -117,7 +117,7 @@ class Generator:
         sigmas = self._sigmas(steps, strength if video is not None else 1.0)
         captions = text if text is not None else [""] * b
         tokens = np.stack([self._tokenize(t, self.config.data.text_length) for t in captions])
-        run = self._compiled(guidance or self.guidance, tuple(sigmas), points is not None)
+        run = self.program(sigmas, points is not None, guidance)
         if points is None:
             points = np.zeros((b, 1, self.frames, 2))
             state = np.zeros((b, 1, self.frames))
@@ -133,6 +133,23 @@ class Generator:
             start,
         )
         return np.asarray(out)
+
+    def program(
+        self,
+        sigmas: Sequence[float] | None = None,
+        with_drags: bool = True,
+        guidance: GuidanceScales | None = None,
+    ) -> jax.stages.Wrapped:
+        """What `generate` runs, jitted: `run(params, keys, image, tokens, points, state, video)`.
+
+        Args:
+          sigmas: noise levels; the config's by default.
+          with_drags: or they are withheld.
+          guidance: scales; the config's by default.
+        """
+        if sigmas is None:
+            sigmas = self._sigmas(self._sampling.steps, 1.0)
+        return self._compiled(guidance or self.guidance, tuple(sigmas), with_drags)
 
     def _sigmas(self, steps: int, strength: float) -> Float[np.ndarray, " n+1"]:
         diffusion = self.config.diffusion

@@ -139,7 +139,7 @@ class OnMesh:
             return self._jitted(*args)
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """The function traced, not run: its jaxpr, and what `lower` and `compile` begin with."""
+        """The function traced, not run: its jaxpr, and what is lowered (with the mesh in use)."""
         with use_mesh(self._mesh):
             return self._jitted.trace(*args)
 

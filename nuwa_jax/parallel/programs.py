@@ -12,7 +12,7 @@ from jax.sharding import Mesh, Sharding
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.data.config import DataConfig
 from nuwa_jax.models.video_ldm import VideoLDM
-from nuwa_jax.parallel.mesh import batch_sharding, replicated
+from nuwa_jax.parallel.mesh import OnMesh, batch_sharding, replicated
 from nuwa_jax.parallel.sharding import shardings
 from nuwa_jax.training.curriculum import Params, Stage
 from nuwa_jax.training.optim import make_optimizer
@@ -38,7 +38,10 @@ def abstract_state(config: ml_collections.ConfigDict, stage: Stage) -> TrainStat
 
 
 def abstract_batch(config: ml_collections.ConfigDict, stage: Stage) -> Batch:
-    """The shapes of a batch over all hosts, as the data pipeline makes it; without text embeddings."""
+    """The shapes of a batch over all hosts, as the data pipeline makes it.
+
+    Clips with text embeddings are not thought of: the text encoder runs.
+    """
     model, data = VideoLDM.from_config(config.model), DataConfig.from_config(config.data)
     b, t, h, w = stage.batch_size, data.frames, data.height, data.width
     latents = data.format == "latents"
@@ -62,7 +65,7 @@ def abstract_batch(config: ml_collections.ConfigDict, stage: Stage) -> Batch:
 
 def train_step(
     config: ml_collections.ConfigDict, stage: Stage, mesh: Mesh
-) -> tuple[Any, tuple[Any, ...]]:
+) -> tuple[OnMesh, tuple[Any, ...]]:
     """A stage's step, as the training loop makes it, and its arguments on a mesh."""
     step = make_train_step(VideoLDM.from_config(config.model), config, stage, mesh)
     state = abstract_state(config, stage)
@@ -73,6 +76,27 @@ def train_step(
         scalar,
         scalar,
     )
+
+
+def sampler(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[OnMesh, tuple[Any, ...]]:
+    """What samples videos with drags, and its arguments: one video for every part of the batch."""
+    from nuwa_jax.generation.generator import Generator
+    from nuwa_jax.generation.weights import Model
+
+    params = abstract_params(config)
+    generator = Generator(Model(params, config, "abstract"))
+    data, each = config.data, batch_sharding(mesh)
+    b = mesh.shape["data"] * mesh.shape["fsdp"]
+    array = jax.ShapeDtypeStruct
+    inputs = (
+        array((b,), jax.eval_shape(lambda: jax.random.key(0)).dtype),
+        array((b, data.height, data.width, 3), jnp.uint8),
+        array((b, data.text_length), jnp.int32),
+        array((b, data.max_drags, data.frames, 2), jnp.float32),
+        array((b, data.max_drags, data.frames), jnp.int32),
+    )
+    arguments = (_on(params, shardings(params, mesh)), *_on_all(inputs, each), None)
+    return OnMesh(generator.program(), mesh), arguments
 
 
 def _on(tree: Any, where: Any) -> Any:

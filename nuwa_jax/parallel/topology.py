@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 
@@ -17,6 +18,10 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # These only spare the user its complaints that there is no TPU.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
 
 
@@ -31,6 +36,7 @@ class Chip:
       flops: peak of dense bfloat16 products, per second.
       memory_bandwidth: bytes per second.
       link_bandwidth: bytes per second that one chip sends to its neighbours, all links together.
+      clock: cycles per second of its cores.
     """
 
     name: str
@@ -39,19 +45,22 @@ class Chip:
     flops: float
     memory_bandwidth: float
     link_bandwidth: float
+    clock: float
 
 
 # From "How to Scale Your Model" (jax-ml.github.io/scaling-book, "TPU specs"; links one way times
-# their number: 4 in a 2-D torus, 6 in a 3-D one) and cloud.google.com/tpu/docs.
+# their number: 4 in a 2-D torus, 6 in a 3-D one). The clock follows from the peak: so many units of
+# 128 x 128 or 256 x 256 multiplications and additions a cycle.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4", 32 * 2**30, 275e12, 1.2e12, 6 * 4.5e10),
-        Chip("v5e", "v5e", 16 * 2**30, 197e12, 8.1e11, 4 * 4.5e10),
-        Chip("v5p", "v5", 95 * 2**30, 459e12, 2.8e12, 6 * 9e10),
-        Chip("v6e", "v6e", 32 * 2**30, 918e12, 1.6e12, 4 * 9e10),
+        Chip("v4", "v4", 32 * 2**30, 275e12, 1.2e12, 6 * 4.5e10, 1.05e9),
+        Chip("v5e", "v5e", 16 * 2**30, 197e12, 8.1e11, 4 * 4.5e10, 1.5e9),
+        Chip("v5p", "v5", 95 * 2**30, 459e12, 2.8e12, 6 * 9e10, 1.75e9),
+        Chip("v6e", "v6e", 32 * 2**30, 918e12, 1.6e12, 4 * 9e10, 1.75e9),
     )
 }
+_GPUS = ("gpu", "cuda", "a100", "h100", "h200", "b200", "gb200")
 _ALIASES = {"v5": "v5p"}  # as libtpu calls it
 
 
@@ -77,12 +86,22 @@ class Topology:
                 f"a topology is CHIP:SHAPE, as in v5e:16x16 or v5p:4x4x4, got {name!r}; chips: "
                 f"{known}"
             )
+        if match[1].lower() in _GPUS:
+            raise UserError(
+                f"programs are compiled ahead only for TPUs ({known}), got {name!r}: the GPU's "
+                "compiler needs a GPU of that kind to be told of; run a few steps on one"
+            )
         kind = _ALIASES.get(match[1], match[1])
         if kind not in CHIPS:
             raise UserError(f"the chip of topology {name!r} is not known: it is one of {known}")
         if slices < 1:
             raise UserError(f"slices is at least 1, got {slices}")
         return cls(CHIPS[kind], tuple(map(int, match[2].split("x"))), slices)
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.slices
 
     @property
     def name(self) -> str:
