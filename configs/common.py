@@ -119,6 +119,8 @@ def base() -> ConfigDict:
     c.train.clip_norm = 1.0
     c.train.weight_decay = 0.01
     c.train.accumulate = 1
+    # In which gradients are summed over devices; bfloat16 halves what is sent, and rounds.
+    c.train.reduce_dtype = "float32"
     c.train.max_skipped = 10
     c.train.adam_b1, c.train.adam_b2 = 0.9, 0.999
     c.train.decay, c.train.decay_share = "linear", 0.2

@@ -32,4 +32,9 @@ def _constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or FRAME_AXIS not in mesh.axis_names:
         return x
+    if mesh.manual_axes:
+        # Samples are divided already: what is left to be said is where frames lie.
+        axes = [None if axis == BATCH_AXES else axis for axis in axes]
+        if mesh.shape[FRAME_AXIS] == 1:
+            return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

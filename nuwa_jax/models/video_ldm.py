@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from nuwa_jax.models.unet import UNet, UNetConfig
 Params = dict[str, Any]
 # For what runs once: a U-Net compiles in a fraction of the time, and rounds the same.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Parts whose parameters are read by Flax modules alone, each by the layer that uses it.
+MODULES = ("autoencoder", "drag", "flow_encoder", "image_encoder", "text", "unet")
 VECTOR_CHANNELS = 256  # sinusoids per number of the conditioning vector (SVD)
 
 
@@ -79,6 +81,7 @@ class VideoLDM:
     image_mask: bool = True
     lora_rank: int = 0
     dtype: Any = jnp.float32
+    modules: ClassVar[tuple[str, ...]] = MODULES
 
     @classmethod
     def from_config(cls, config: Any) -> VideoLDM:

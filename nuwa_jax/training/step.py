@@ -19,6 +19,7 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
+from nuwa_jax.parallel import fsdp
 from nuwa_jax.parallel.mesh import OnMesh
 from nuwa_jax.parallel.sharding import shardings
 from nuwa_jax.training.curriculum import Params, Stage, merge
@@ -52,6 +53,33 @@ def make_train_step(
     train = config.train
     optimizer = make_optimizer(train)
     loss_fn = make_loss(model, config, stage)
+    reduce_dtype = fsdp.reduce_dtype(train.reduce_dtype)
+
+    def gradients(
+        params: Params,
+        frozen: Params,
+        data: tuple[Batch, Draws],
+        progress: Array,
+        ready: Callable[[Params], Params] = lambda params: params,
+    ) -> Any:
+        grad_fn = jax.value_and_grad(
+            lambda params, b, d: loss_fn(ready(merge(params, frozen)), b, d, progress),
+            has_aux=True,
+        )
+        return _accumulate(grad_fn, params, data, train.accumulate)
+
+    def gradients_of_shards(
+        params: Params,
+        frozen: Params,
+        dimensions: tuple[Params, Params],
+        data: tuple[Batch, Draws],
+        progress: Array,
+    ) -> Any:
+        def ready(params: Params) -> Params:
+            split = merge(*dimensions)
+            return fsdp.boxed(params, split, model.dtype, reduce_dtype, model.modules)
+
+        return gradients(params, frozen, data, progress, ready)
 
     def step(
         state: TrainState, batch: Batch, learning_rate: Array, progress: Array
@@ -60,13 +88,19 @@ def make_train_step(
         batch = complete(batch, config.data.height, config.data.width)
         key = jax.random.fold_in(stage_key(config.seed, stage.index), state.step)
         draws = draw(key, model, stage, batch, config.diffusion)
-        grad_fn = jax.value_and_grad(
-            lambda params, b, d: loss_fn(merge(params, state.frozen), b, d, progress),
-            has_aux=True,
-        )
-        (loss, metrics), grads = _accumulate(
-            grad_fn, state.params, (batch, draws), train.accumulate
-        )
+        if fsdp.is_needed(mesh):
+            (loss, metrics), grads = fsdp.over_devices(
+                gradients_of_shards,
+                mesh,
+                state.params,
+                state.frozen,
+                (batch, draws),
+                jnp.asarray(progress, jnp.float32),
+            )
+        else:
+            (loss, metrics), grads = gradients(
+                state.params, state.frozen, (batch, draws), progress
+            )
         norm = optax.tree.norm(grads)
         grads = clip_by_norm(grads, norm, train.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

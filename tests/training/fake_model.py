@@ -22,6 +22,8 @@ class FakeModel:
 
     augmentation = 0.0
     image_encoder = None
+    dtype = jnp.float32
+    modules = ()  # it takes arrays alone
 
     def latent_shape(self, height, width, frames):
         return frames, height // PATCH, width // PATCH, CHANNELS
