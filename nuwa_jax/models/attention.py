@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -25,7 +26,7 @@ from nuwa_jax.models.partition import each_device
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
-OUTPUT = "attention"  # the name of every result, by which a remat policy may keep it
+OUTPUT = "attention"  # the name by which a remat policy may keep results of every form
 
 # Up to this many scores per head, all are held at once.
 DIRECT_SCORES = 2**18
@@ -58,14 +59,12 @@ def dot_product_attention(
     choice = _implementation.get()
     kernels = {}
     if bias is None and choice in ("auto", "splash") and splash.fits(query, key, mask):
-        kernels["tpu"] = lambda q, k, v, mask: each_device(
-            splash.splash_attention, q, k, v, mask=mask
-        )
+        kernels["tpu"] = _splash
     if bias is None and choice in ("auto", "cudnn") and _fits_cudnn(query):
         kernels["cuda"] = _cudnn
     if not kernels:
-        return checkpoint_name(_chunked(query, key, value, bias, mask), OUTPUT)
-    out = jax.lax.platform_dependent(
+        return _chunked(query, key, value, bias, mask)
+    return jax.lax.platform_dependent(
         query,
         key,
         value,
@@ -73,7 +72,6 @@ def dot_product_attention(
         **kernels,
         default=lambda q, k, v, mask: _chunked(q, k, v, None, mask),
     )
-    return checkpoint_name(out, OUTPUT)
 
 
 _implementation = contextvars.ContextVar("implementation", default="auto")
@@ -89,13 +87,12 @@ def implementation(name: str) -> Iterator[None]:
     Raises:
       UserError: there is none of that name, or it is another platform's.
     """
-    if name not in IMPLEMENTATIONS:
-        raise UserError(f"model.attention must be one of {IMPLEMENTATIONS}, got {name!r}")
-    needed, platform = PLATFORMS.get(name), _platform()
-    if needed not in (None, platform):
+    check_implementation(name)
+    needed, given = PLATFORMS.get(name), platform()
+    if needed not in (None, given):
         raise UserError(
             f"model.attention={name!r} needs a {needed.upper()}, this program is for "
-            f"{platform.upper()}: set model.attention to 'auto', which takes what there is"
+            f"{given.upper()}: set model.attention to 'auto', which takes what there is"
         )
     token = _implementation.set(name)
     try:
@@ -104,7 +101,13 @@ def implementation(name: str) -> Iterator[None]:
         _implementation.reset(token)
 
 
-def _platform() -> str:
+def check_implementation(name: str) -> None:
+    """Raises a UserError that names the implementations, where there is none of that name."""
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"model.attention must be one of {IMPLEMENTATIONS}, got {name!r}")
+
+
+def platform() -> str:
     """Of the mesh in use, which may be of devices that this machine has not, or the machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -124,8 +127,14 @@ def _fits_cudnn(query: Array) -> bool:
     )
 
 
+def _splash(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    kernel = functools.partial(splash.splash_attention, name=OUTPUT)
+    return each_device(kernel, q, k, v, mask=mask)
+
+
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return checkpoint_name(out, OUTPUT)
 
 
 @jax.custom_vjp
@@ -136,7 +145,7 @@ def _chunked(
 
 
 def _chunked_forward(*inputs: Array | None) -> tuple[Array, tuple]:
-    out, statistics = _each_sample(_forward, *inputs)
+    out, statistics = checkpoint_name(_each_sample(_forward, *inputs), OUTPUT)
     return out, (inputs, out, statistics)
 
 

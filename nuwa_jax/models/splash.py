@@ -40,6 +40,7 @@ def splash_attention(
     value: Float[Array, "b lk heads d"],
     mask: Bool[Array, "b 1 1 lk"] | None = None,
     *,
+    name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b lq heads d"]:
     """`nuwa_jax.models.attention.dot_product_attention` on one TPU, its backward pass fused, too.
@@ -49,6 +50,7 @@ def splash_attention(
       key: as many as `value`.
       value: what is averaged.
       mask: True where a key may be attended to; where none may, all are, alike.
+      name: by which a remat policy may keep what the backward pass needs of the kernel's results.
       interpret: run the kernel step by step on any backend, for tests.
     """
     lq, lk, heads = query.shape[1], key.shape[1], query.shape[2]
@@ -76,6 +78,7 @@ def splash_attention(
             block_q_dq=block_q,
             block_kv_dq=block_k,
         ),
+        residual_checkpoint_name=name,
         interpret=interpret,
     )
     segments, axes = None, None
