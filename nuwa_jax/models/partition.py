@@ -78,6 +78,8 @@ def _constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or FRAME_AXIS not in mesh.axis_names:
         return x
+    if mesh.manual_axes and mesh.shape[FRAME_AXIS] == 1:
+        return x  # samples are divided already, and frames are not
     automatic = _automatic(mesh)
     kept = [
         tuple(a for a in ((axis,) if isinstance(axis, str) else axis or ()) if a in automatic)

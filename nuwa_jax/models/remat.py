@@ -50,7 +50,7 @@ def rematerialized(block: type[nn.Module], policy: str) -> type[nn.Module]:
             f"model.unet.remat='offload' needs a TPU or GPU beside the host's memory, this program "
             f"is for {platform().upper()}: set it to 'block'"
         )
-    return nn.remat(block, policy=_policy(policy))
+    return nn.remat(block, policy=policy_of(policy))
 
 
 def check_policy(name: Any) -> None:
@@ -61,7 +61,8 @@ def check_policy(name: Any) -> None:
         raise UserError(f"model.unet.remat must be one of {POLICIES}, got {name!r}{hint}")
 
 
-def _policy(name: str) -> Callable[..., Any] | None:
+def policy_of(name: str) -> Callable[..., Any] | None:
+    """What `jax.checkpoint` takes for a policy other than "none"; None keeps nothing."""
     policies = jax.checkpoint_policies
     if name == "attention":
         return policies.save_only_these_names(OUTPUT)
