@@ -93,6 +93,7 @@ def base() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.dtype = "float32"
+    c.model.attention = "auto"  # or "xla", "splash" (TPU), "cudnn" (GPU): models/attention.py
     c.model.vector = ("fps",)
     c.model.image_concat = True
     c.model.image_mask = True
@@ -144,7 +145,7 @@ def full_size() -> ConfigDict:
     c.data.flow_divisor = 4
     c.model.dtype = "bfloat16"
     c.model.autoencoder = ConfigDict()
-    c.model.unet = ConfigDict(dict(remat=True))
+    c.model.unet = ConfigDict(dict(remat="block"))  # or another of models/remat.py
     for stage in c.stages.values():
         stage.batch_size = 64
         stage.steps = 100_000

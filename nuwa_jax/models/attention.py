@@ -1,17 +1,32 @@
 """Attention, the one place where it is computed; many scores are never held all at once.
 
-Large attention is computed for a chunk of queries at a time, and its backward pass makes the scores
-of a chunk anew instead of keeping them, as FlashAttention does (arXiv 2205.14135).
+Large attention is computed by a kernel of the backend where there is one: on TPU splash attention,
+on NVIDIA GPUs that of cuDNN. Elsewhere it is computed for a chunk of queries at a time, and its
+backward pass makes the scores of a chunk anew instead of keeping them. All are forms of
+FlashAttention (arXiv 2205.14135).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import backend
 from jaxtyping import Array, Bool, Float
+
+from nuwa_jax.errors import UserError
+from nuwa_jax.models import splash
+from nuwa_jax.models.partition import each_device
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+OUTPUT = "attention"  # the name by which a remat policy may keep results of every form
 
 # Up to this many scores per head, all are held at once.
 DIRECT_SCORES = 2**18
@@ -31,13 +46,95 @@ def dot_product_attention(
 
     `bias` is added to the scaled scores; where `mask` is False a key is not attended to. A query
     that may attend to no key attends to all alike.
+
+    Few scores are left to XLA. Of many, the platform for which the program is lowered decides what
+    computes them, be it another than that which traces it, unless `implementation` was told.
     """
     if query.shape[1] * key.shape[1] <= DIRECT_SCORES:
-        return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
+        out = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
+        return checkpoint_name(out, OUTPUT)
     bias, mask = (
         None if x is None else jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (bias, mask)
     )
-    return _chunked(query, key, value, bias, mask)
+    choice = _implementation.get()
+    kernels = {}
+    if bias is None and choice in ("auto", "splash") and splash.fits(query, key, mask):
+        kernels["tpu"] = _splash
+    if bias is None and choice in ("auto", "cudnn") and _fits_cudnn(query):
+        kernels["cuda"] = _cudnn
+    if not kernels:
+        return _chunked(query, key, value, bias, mask)
+    return jax.lax.platform_dependent(
+        query,
+        key,
+        value,
+        mask,
+        **kernels,
+        default=lambda q, k, v, mask: _chunked(q, k, v, None, mask),
+    )
+
+
+_implementation = contextvars.ContextVar("implementation", default="auto")
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """What computes large attention in what is traced within: one of `IMPLEMENTATIONS`.
+
+    "auto" is the platform's kernel where it computes what is asked and else "xla", chunk by chunk.
+    "splash" and "cudnn" are the same, but only on their own platform; no kernel adds a bias.
+
+    Raises:
+      UserError: there is none of that name, or it is another platform's.
+    """
+    check_implementation(name)
+    needed, given = PLATFORMS.get(name), platform()
+    if needed not in (None, given):
+        raise UserError(
+            f"model.attention={name!r} needs a {needed.upper()}, this program is for "
+            f"{given.upper()}: set model.attention to 'auto', which takes what there is"
+        )
+    token = _implementation.set(name)
+    try:
+        yield
+    finally:
+        _implementation.reset(token)
+
+
+def check_implementation(name: str) -> None:
+    """Raises a UserError that names the implementations, where there is none of that name."""
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"model.attention must be one of {IMPLEMENTATIONS}, got {name!r}")
+
+
+def platform() -> str:
+    """Of the mesh in use, which may be of devices that this machine has not, or the machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _fits_cudnn(query: Array) -> bool:
+    """Whether cuDNN, which must be present for a program to be traced, has a kernel for this.
+
+    Heads may be wider (256) on GPUs newer than Ampere, which no network here has.
+    """
+    return (
+        jax.default_backend() == "gpu"
+        and "cuda" in backend.get_backend().platform_version
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and query.shape[-1] <= 128
+        and query.shape[-1] % 8 == 0
+    )
+
+
+def _splash(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    kernel = functools.partial(splash.splash_attention, name=OUTPUT)
+    return each_device(kernel, q, k, v, mask=mask)
+
+
+def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return checkpoint_name(out, OUTPUT)
 
 
 @jax.custom_vjp
@@ -48,7 +145,7 @@ def _chunked(
 
 
 def _chunked_forward(*inputs: Array | None) -> tuple[Array, tuple]:
-    out, statistics = _each_sample(_forward, *inputs)
+    out, statistics = checkpoint_name(_each_sample(_forward, *inputs), OUTPUT)
     return out, (inputs, out, statistics)
 
 

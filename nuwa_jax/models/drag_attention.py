@@ -25,6 +25,7 @@ from nuwa_jax.models.layers import (
     fourier_features,
     layer_norm,
 )
+from nuwa_jax.models.remat import block_input
 
 NUM_STATES = 4  # unspecified, visible, occluded, outside
 UNSPECIFIED = 0
@@ -139,6 +140,7 @@ class DragLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], drags: DragEmbedding
     ) -> tuple[Float[Array, "b t h w c"], DragEmbedding]:
+        x = block_input(x)
         if "query_key" in self.config.forms:
             x = CorrespondenceAttention(self.config, self.dtype, name="drag_query_key")(x, drags)
         if "tokens" in self.config.forms:

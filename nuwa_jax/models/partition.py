@@ -1,17 +1,21 @@
 """Where activations lie on a mesh: by frames in spatial layers, by pixels in temporal ones.
 
 Where no mesh is in use, one of a single device, or one that has no such axes, these functions
-return their argument.
+return their argument. Axes that an enclosing `jax.shard_map` has taken (a device sees its own part
+alone) are left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "fsdp")  # samples are spread over both
 FRAME_AXIS = "frame"
+HEAD_AXIS = "tensor"
 
 
 def by_frames(x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
@@ -28,13 +32,57 @@ def by_pixels(x: Float[Array, "b t p ..."]) -> Float[Array, "b t p ..."]:
     return _constrain(x, BATCH_AXES, None, FRAME_AXIS)
 
 
+def each_device(
+    function: Callable[..., Array],
+    *args: Float[Array, "n l heads d"],
+    mask: Array | None = None,
+) -> Float[Array, "n l heads d"]:
+    """`function(*args, mask)` of attention's inputs, on every device for its samples and heads.
+
+    For what the compiler cannot partition by itself, as a kernel. Samples, which may be frames of
+    several clips, are spread over the batch's axes and that of the frames, as many as divide them;
+    heads over theirs, if it divides them. What does not divide, each device computes whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = _automatic(mesh)
+    if not automatic:
+        return function(*args, mask)
+    samples, heads = (len(args[0]), args[0].shape[2])
+    over: list[str] = []
+    for axis in (*BATCH_AXES, FRAME_AXIS):
+        if axis in automatic and samples % mesh.shape[axis] == 0:
+            over.append(axis)
+            samples //= mesh.shape[axis]
+    head = HEAD_AXIS if HEAD_AXIS in automatic and heads % mesh.shape[HEAD_AXIS] == 0 else None
+    spec = PartitionSpec(tuple(over), None, head)
+    return jax.shard_map(
+        function,
+        in_specs=(*[spec] * len(args), PartitionSpec(tuple(over))),
+        out_specs=spec,
+        axis_names=automatic,
+        # A kernel does not say over which axes what it returns varies.
+        check_vma=False,
+    )(*args, mask)
+
+
+def _automatic(mesh: jax.sharding.AbstractMesh) -> set[str]:
+    """The axes over which the compiler partitions, rather than an enclosing `shard_map`."""
+    return {
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+
+
 def _constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or FRAME_AXIS not in mesh.axis_names:
         return x
-    if mesh.manual_axes:
-        # Samples are divided already: what is left to be said is where frames lie.
-        axes = [None if axis == BATCH_AXES else axis for axis in axes]
-        if mesh.shape[FRAME_AXIS] == 1:
-            return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    if mesh.manual_axes and mesh.shape[FRAME_AXIS] == 1:
+        return x  # samples are divided already, and frames are not
+    automatic = _automatic(mesh)
+    kept = [
+        tuple(a for a in ((axis,) if isinstance(axis, str) else axis or ()) if a in automatic)
+        for axis in axes
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axis or None for axis in kept)))

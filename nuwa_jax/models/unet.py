@@ -32,6 +32,7 @@ from nuwa_jax.models.layers import (
     upsample_nearest,
 )
 from nuwa_jax.models.partition import by_frames, by_pixels
+from nuwa_jax.models.remat import block_input, check_policy, rematerialized
 
 RES_EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
@@ -45,6 +46,7 @@ class UNetConfig:
     the middle block has one always. `flow_injection` is "film", "concat", "cross_attention" or
     "none", `flow_where` "encoder+decoder" or "decoder". `temporal_context` gives the context to the
     temporal blocks, too, at every pixel, as SVD does; with long texts that is most of their cost.
+    `remat` is what each block keeps for the backward pass (`nuwa_jax.models.remat.POLICIES`).
     """
 
     out_channels: int = 4
@@ -58,7 +60,10 @@ class UNetConfig:
     flow_injection: str = "none"
     flow_where: str = "encoder+decoder"
     drag: DragAttentionConfig | None = None
-    remat: bool = False
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        check_policy(self.remat)
 
     def channels(self, level: int) -> int:
         """Channels at `level` (0 is the latent resolution)."""
@@ -139,7 +144,7 @@ class VideoResBlock(nn.Module):
         self, x: Float[Array, "b t h w c"], stream: Stream, flow: FlowFeature | None = None
     ) -> Float[Array, "b t h w c2"]:
         x = SpatialResBlock(self.features, self.flow_injection, self.dtype, name="spatial")(
-            by_frames(x), stream.emb, flow
+            by_frames(block_input(x)), stream.emb, flow
         )
         x = by_pixels(x)
         z = TemporalResBlock(self.dtype, name="temporal")(x, stream.emb)
@@ -203,6 +208,7 @@ class VideoTransformer(nn.Module):
     def __call__(self, x: Float[Array, "b t h w c"], stream: Stream) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = x.shape
         dtype = self.dtype
+        x = block_input(x)
         u = rearrange(by_frames(x), "b t h w c -> (b t) h w c")
         u = group_norm(c, TRANSFORMER_EPS, name="norm", dtype=dtype)(u)
         u = rearrange(u, "n h w c -> n (h w) c")
@@ -263,8 +269,10 @@ class UNet(nn.Module):
         emb = jnp.broadcast_to(emb[:, None], (b, t, emb_channels))
         stream = Stream(emb, context, context_mask, drags, image_only)
         flow = flow or {}
-        res_block = nn.remat(VideoResBlock) if config.remat else VideoResBlock
-        transformer = nn.remat(VideoTransformer) if config.remat else VideoTransformer
+        res_block, transformer, drag_layer = (
+            rematerialized(part, config.remat)
+            for part in (VideoResBlock, VideoTransformer, DragLayer)
+        )
 
         def block(
             x: Array, stream: Stream, name: str, level: int, *, attend: bool, site: str | None
@@ -284,7 +292,7 @@ class UNet(nn.Module):
                 name=f"{name}_transformer",
             )(x, stream)
             if config.drag is not None and level in config.drag.levels and drags is not None:
-                x, updated = DragLayer(config.drag, dtype, name=f"{name}_drag")(x, stream.drags)
+                x, updated = drag_layer(config.drag, dtype, name=f"{name}_drag")(x, stream.drags)
                 stream = stream._replace(drags=updated)
             return x, stream
 

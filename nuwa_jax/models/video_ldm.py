@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.models.attention import check_implementation, implementation
 from nuwa_jax.models.autoencoder import AutoencoderConfig, Encoder, TemporalDecoder
 from nuwa_jax.models.clip import ClipVision, ClipVisionConfig, preprocess
 from nuwa_jax.models.clip_text import ClipText, ClipTextConfig
@@ -65,7 +66,8 @@ class VideoLDM:
     (SVD: 0.02). `vector` names the numbers whose sinusoids are added to the time embedding: any of
     "fps", "motion_bucket", "augmentation". With `lora_rank`, `lora` holds a low-rank
     update of every linear layer of the base U-Net, which `nuwa_jax.models.lora.merge_lora` adds in
-    before any method here takes the parameters.
+    before any method here takes the parameters. `attention` is what computes large attention
+    (`nuwa_jax.models.attention.implementation`).
     """
 
     autoencoder: AutoencoderConfig
@@ -80,8 +82,12 @@ class VideoLDM:
     image_concat_raw: bool = False
     image_mask: bool = True
     lora_rank: int = 0
+    attention: str = "auto"
     dtype: Any = jnp.float32
     modules: ClassVar[tuple[str, ...]] = MODULES
+
+    def __post_init__(self) -> None:
+        check_implementation(self.attention)
 
     @classmethod
     def from_config(cls, config: Any) -> VideoLDM:
@@ -110,6 +116,7 @@ class VideoLDM:
             image_concat=config.image_concat,
             image_mask=config.image_mask,
             lora_rank=config.get("lora_rank", 0),
+            attention=config.get("attention", "auto"),
             dtype=jnp.dtype(config.dtype),
         )
 
@@ -173,9 +180,10 @@ class VideoLDM:
                 jnp.zeros((1, h, w, c)),
                 jnp.ones((1,)),
             )
-        # The condition's shapes are all the U-Net needs to be initialised.
+        # The condition's shapes are all the U-Net needs to be initialised; whatever computes them.
+        anywhere = dataclasses.replace(self, attention="auto")
         condition = jax.eval_shape(
-            lambda p: self.condition(
+            lambda p: anywhere.condition(
                 p,
                 image=jnp.zeros((1, height, width, 3)),
                 text=jnp.zeros((1, 1), jnp.int32),
@@ -204,7 +212,7 @@ class VideoLDM:
         """Mean and log variance of the latents, before normalisation; `video` in [-1, 1]."""
         b, t = video.shape[:2]
         frames = video.reshape(b * t, *video.shape[2:])
-        moments = self._encoder.apply({"params": params["autoencoder"]["encoder"]}, frames)
+        moments = self._apply(self._encoder, params["autoencoder"]["encoder"], frames)
         moments = moments.reshape(b, t, *moments.shape[1:]).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
@@ -252,7 +260,7 @@ class VideoLDM:
 
     def decode_raw(self, params: Params, z: Float[Array, "b t h w c"]) -> Float[Array, "b t H W 3"]:
         """Video of latents as the encoder gives them (not normalised)."""
-        video = self._decoder.apply({"params": params["autoencoder"]["decoder"]}, z)
+        video = self._apply(self._decoder, params["autoencoder"]["decoder"], z)
         return video.astype(jnp.float32)
 
     def condition(
@@ -330,7 +338,7 @@ class VideoLDM:
             embedding = jnp.zeros((b, self.image_encoder.projection))
             if image is not None:
                 pixels = preprocess(image, self.image_encoder.image_size)
-                embedding = self._image_encoder.apply({"params": params["image_encoder"]}, pixels)
+                embedding = self._apply(self._image_encoder, params["image_encoder"], pixels)
                 embedding = embedding * has_image[:, None]
             if context is None:
                 context = embedding[:, None]
@@ -343,13 +351,13 @@ class VideoLDM:
         features = None
         if self.flow_encoder is not None and flow is not None:
             part = params["flow_encoder"]
-            maps = self._flow_encoder.apply({"params": part["encoder"]}, flow)
-            features = self._flow_heads.apply({"params": part.get("heads", {})}, maps, keep)
+            maps = self._apply(self._flow_encoder, part["encoder"], flow)
+            features = self._apply(self._flow_heads, part.get("heads", {}), maps, keep)
         drags = None
         if self.unet.drag is not None and points is not None:
             # Pixel centres are at integers; the network sees units of the picture.
             position = (points + 0.5) / jnp.asarray([size[1], size[0]], jnp.float32)
-            drags = self._drag.apply({"params": params["drag"]}, position, state, first, keep)
+            drags = self._apply(self._drag, params["drag"], position, state, first, keep)
 
         vector = None
         if self.vector:
@@ -378,7 +386,7 @@ class VideoLDM:
         s = sigma.reshape(-1, 1, 1, 1, 1)
         c_in = 1 / jnp.sqrt(s**2 + 1)
         inputs = self._unet_inputs(x * c_in, jnp.log(sigma) / 4, condition)
-        out = self._unet.apply({"params": params["unet"]}, *inputs)
+        out = self._apply(self._unet, params["unet"], *inputs)
         return x / (s**2 + 1) - out * s * c_in
 
     def _text_context(
@@ -410,10 +418,10 @@ class VideoLDM:
             empty = self.text.empty_text(self.text.max_length if text is None else text.shape[1])
             text = jnp.where(dropped[:, None], empty, empty if text is None else text)
             # Padding counts: networks trained on CLIP's features were shown those of all tokens.
-            return self._text.apply({"params": params}, text).tokens, None
+            return self._apply(self._text, params, text).tokens, None
         text = jnp.zeros((len(dropped), 1), jnp.int32) if text is None else text
         text = jnp.where(dropped[:, None], 0, text)
-        return self._text.apply({"params": params}, text)
+        return self._apply(self._text, params, text)
 
     def _unet_inputs(self, x: Array, c_noise: Array, condition: Condition) -> tuple[Any, ...]:
         if condition.concat is not None:
@@ -427,6 +435,10 @@ class VideoLDM:
             condition.drags,
             condition.context_mask,
         )
+
+    def _apply(self, module: Any, params: Params, *inputs: Any) -> Any:
+        with implementation(self.attention):
+            return module.apply({"params": params}, *inputs)
 
     @property
     def _encoder(self) -> Encoder:

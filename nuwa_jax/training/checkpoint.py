@@ -32,6 +32,8 @@ from nuwa_jax.training.state import TrainState
 FREE_KEYS = (
     "sampling",
     "mesh",
+    "model.attention",
+    "model.unet.remat",
     "data.threads",
     "data.workers",
     "data.prefetch",

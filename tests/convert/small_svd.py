@@ -19,7 +19,7 @@ def small_config(*, flow: bool = True, lora_rank: int = 0) -> ml_collections.Con
     config = load_preset("dragnuwa_svd", "small")
     config.model.dtype = "float32"
     config.model.unet.channel_mult = (1, 2)
-    config.model.unet.remat = False
+    config.model.unet.remat = "none"
     config.model.lora_rank = lora_rank
     if not flow:
         del config.model.flow_encoder

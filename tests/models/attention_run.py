@@ -1,0 +1,113 @@
+"""Runs or compiles attention by the TPU's kernel where a test's own process cannot.
+
+python attention_run.py mesh    on eight virtual CPU devices, step by step: prints the errors
+python attention_run.py tpu     compiles for a TPU that is not there: prints which kernels are used
+"""
+
+import functools
+import json
+import re
+import sys
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from nuwa_jax.models import attention, remat, splash  # noqa: E402
+from nuwa_jax.models.partition import BATCH_AXES, by_frames, each_device  # noqa: E402
+from nuwa_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh  # noqa: E402
+
+attention.DIRECT_SCORES = 2000
+splash.BLOCKS, splash.MIN_KEYS = (128,), 16
+
+
+def on_mesh() -> dict:
+    """Largest errors of the output and the gradients, against one device and no kernel."""
+    mesh = make_mesh(MeshConfig(fsdp=2, frame=2, tensor=2, data=1))
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (rng.normal(size=(2, 2, 19, 4, 8)).astype(np.float32) for _ in range(4))
+    kernel = functools.partial(splash.splash_attention, interpret=True)
+
+    def loss(attend, q, k, v, weight):
+        # Clips and their frames are one axis in attention, as in the U-Net.
+        flat = (by_frames(x).reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        out = attend(*flat).reshape(q.shape)
+        return jnp.sum(by_frames(out) * weight)
+
+    def automatic(*args):
+        return loss(lambda *x: each_device(kernel, *x), *args)
+
+    spec = PartitionSpec(BATCH_AXES)
+    differentiated = jax.value_and_grad(automatic, (0, 1, 2))
+
+    # As in a training step: each device's samples are its own, the other axes the compiler's.
+    @functools.partial(
+        jax.shard_map,
+        in_specs=spec,
+        out_specs=(PartitionSpec(), spec),
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )
+    def nested(*args):
+        value, found = differentiated(*args)
+        return jax.lax.psum(value, BATCH_AXES), found
+
+    plain = functools.partial(loss, jax.nn.dot_product_attention)
+    expected = jax.value_and_grad(plain, (0, 1, 2))(q, k, v, weight)
+    errors = {}
+    for name, function in (("automatic", differentiated), ("nested", nested)):
+        with use_mesh(mesh):
+            placed = jax.device_put((q, k, v, weight), NamedSharding(mesh, spec))
+            found = jax.jit(function)(*placed)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        errors[name] = max(float(np.abs(np.asarray(a) - b).max()) for a, b in pairs)
+    return errors
+
+
+def for_tpu() -> dict:
+    """How many of each kernel a gradient has, and bytes on the host, by remat policy and place."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = make_mesh(MeshConfig(fsdp=2, data=1, tensor=2), topology.devices)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    x = jax.ShapeDtypeStruct((2, 96, 128), jnp.bfloat16, sharding=sharding)
+
+    def block(x):
+        x = remat.block_input(x)
+        heads = jnp.sin(x).reshape(*x.shape[:2], 2, 64)
+        return x + jnp.tanh(attention.dot_product_attention(heads, heads, heads)).reshape(x.shape)
+
+    found = {}
+    for policy, place in (("attention", "nested"), ("offload", "automatic")):
+        kept = jax.checkpoint(block, policy=remat.policy_of(policy))
+
+        def loss(x, kept=kept):
+            return jnp.sum(kept(kept(x)).astype(jnp.float32))
+
+        with use_mesh(mesh), attention.implementation("splash"):
+            gradient = jax.grad(loss)
+            if place == "nested":
+                gradient = jax.shard_map(
+                    gradient,
+                    in_specs=sharding.spec,
+                    out_specs=sharding.spec,
+                    axis_names=set(BATCH_AXES),
+                    check_vma=False,
+                )
+            compiled = jax.jit(gradient).lower(x).compile()
+        text = compiled.as_text()
+        found[policy] = {
+            kernel: len(set(re.findall(rf"%(splash_mha_{kernel}_[\w.]+) = ", text)))
+            for kernel in ("fwd", "dq", "dkv")
+        }
+        found[policy]["host"] = compiled.memory_analysis().host_temp_size_in_bytes
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({"mesh": on_mesh, "tpu": for_tpu}[sys.argv[1]]()))
