@@ -9,11 +9,13 @@ from typing import Any
 import ml_collections
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.models.remat import POLICIES
 from nuwa_jax.parallel import programs
 from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic
 from nuwa_jax.parallel.report import compile_program, find_stage
 from nuwa_jax.parallel.sharding import check_replicated, report
 from nuwa_jax.parallel.topology import Topology
+from nuwa_jax.training.state import TrainState
 
 
 def changes(
@@ -21,15 +23,17 @@ def changes(
 ) -> Iterator[tuple[dict[str, Any], ml_collections.ConfigDict]]:
     """Changed entries and the config with them, each needing less memory than the one before.
 
-    What costs least comes first, and stays: rematerialisation costs a second forward pass,
+    What costs least comes first, and stays: rematerialisation costs up to a second forward pass,
     parameters over more devices larger exchanges, and every further micro-batch another gather of
     the parameters. What the mesh or the batch does not allow is left out.
     """
     given: dict[str, Any] = {}
+    # Its shapes are those of every change.
+    state = programs.abstract_state(config, find_stage(config, stage)) if what == "train" else None
     for name, values in _candidates(config, topology, what):
         for value in values:
             changed = _with(config, given | {name: value})
-            if not _is_possible(changed, topology, what, stage):
+            if not _is_possible(changed, topology, stage, state):
                 break
             given[name] = value
             yield dict(given), changed
@@ -68,8 +72,9 @@ def try_changes(
 def _candidates(
     config: ml_collections.ConfigDict, topology: Topology, what: str
 ) -> Iterator[tuple[str, list[Any]]]:
-    if what == "train" and not config.model.unet.get("remat", False):
-        yield "model.unet.remat", [True]
+    if what == "train":
+        kept = POLICIES.index(config.model.unet.get("remat", "none"))
+        yield "model.unet.remat", list(POLICIES[kept + 1 :])
     chips = topology.chips
     yield "mesh.fsdp", [n for n in _doubled(config.mesh.fsdp, chips) if n > config.mesh.fsdp]
     if what == "train":
@@ -96,14 +101,18 @@ def _with(config: ml_collections.ConfigDict, given: dict[str, Any]) -> ml_collec
 
 
 def _is_possible(
-    config: ml_collections.ConfigDict, topology: Topology, what: str, stage_name: str | None
+    config: ml_collections.ConfigDict,
+    topology: Topology,
+    stage: str | None,
+    state: TrainState | None,
 ) -> bool:
+    """Whether the mesh exists and, for a step with that state, splits it and its batch."""
     try:
         sizes = MeshConfig.from_config(config.mesh).sizes(topology.chips)
-        if what == "train":
-            stage = find_stage(config, stage_name)
-            batch_arithmetic(stage.batch_size, config.train.accumulate, sizes)
-            check_replicated(report(programs.abstract_state(config, stage), sizes), sizes)
+        if state is not None:
+            batch_size = find_stage(config, stage).batch_size
+            batch_arithmetic(batch_size, config.train.accumulate, sizes)
+            check_replicated(report(state, sizes), sizes)
     except UserError:
         return False
     return True

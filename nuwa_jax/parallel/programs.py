@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from nuwa_jax.training.step import init_key, make_train_step
 
 def abstract_params(config: ml_collections.ConfigDict) -> Params:
     """The shapes of the model's parameters."""
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.model.unet.remat = "none"  # no matter for shapes, and some ask for the real device
     model, data = VideoLDM.from_config(config.model), config.data
     size = dict(height=data.height, width=data.width, frames=data.frames)
     return jax.eval_shape(lambda: model.init(init_key(config.seed), **size))

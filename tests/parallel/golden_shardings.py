@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = ("pod_svd", "pod_nuwa")
 MESHES = {
-    "fsdp": dict(data=4, fsdp=64, frame=1, tensor=1),
+    "fsdp": dict(data=16, fsdp=16, frame=1, tensor=1),
     "tensor": dict(data=4, fsdp=16, frame=1, tensor=4),
     "frame": dict(data=1, fsdp=64, frame=2, tensor=2),
 }
