@@ -159,6 +159,9 @@ class Attention(nn.Module):
     """Multi-head attention; q, k, v without bias, output with bias (SVD `CrossAttention`).
 
     Every n / b neighbouring samples share a context: their queries are those of one attention.
+    Videos `[b t l c]` without a context attend over t, at every l. They are turned for the scores
+    alone: t is too small for the tiles of a TPU, on which merging it with l costs a copy wherever
+    it is the axis next to the channels.
     """
 
     heads: int
@@ -168,31 +171,38 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "n lq c"],
+        x: Float[Array, "n lq c"] | Float[Array, "b t l c"],
         context: Float[Array, "b lk c2"] | None = None,
         mask: Bool[Array, "b lk"] | None = None,
-    ) -> Float[Array, "n lq c"]:
-        channels = x.shape[-1]
+    ) -> Float[Array, "n lq c"] | Float[Array, "b t l c"]:
+        channels, shape = x.shape[-1], x.shape
         context = x if context is None else context
+        over_time = context.ndim == 4
 
         def project(inputs: Array, name: str) -> Array:
             out = Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
-            return rearrange(out, "n l (e d) -> n l e d", e=self.heads)
+            if over_time:
+                return rearrange(out, "b t l (e d) -> (b l) t e d", e=self.heads)
+            return rearrange(out, "b l (e d) -> b l e d", e=self.heads)
 
         b = len(context)
+        if not over_time:
+            x = x.reshape(b, -1, channels)
         q, k, v = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
-        if context.shape[1] == 1:
+        if k.shape[1] == 1:
             # The softmax of one score is 1: q and k have no effect, and compiled do not exist.
             out = v
         else:
-            q = rearrange(q, "(b r) l e d -> b (r l) e d", b=b)
             if mask is not None:
                 mask = jnp.repeat(mask, b // len(mask), axis=0)[:, None, None, :]
             out = dot_product_attention(q, k, v, mask=mask)
-        out = rearrange(out, "b l e d -> b l (e d)")
+        if over_time:
+            out = rearrange(out, "(b l) t e d -> b t l (e d)", b=b)
+        else:
+            out = rearrange(out, "b l e d -> b l (e d)")
         init = ZERO_INIT if self.zero else LECUN
         out = Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
-        return jnp.broadcast_to(out, (b, x.size // (b * channels), channels)).reshape(x.shape)
+        return jnp.broadcast_to(out, x.shape).reshape(shape)
 
 
 class FeedForward(nn.Module):

@@ -152,7 +152,7 @@ class VideoResBlock(nn.Module):
 
 
 class SpatialBlock(nn.Module):
-    """Self-attention over a frame, cross-attention to the context, feed-forward."""
+    """Self-attention over a frame (or time, `Attention`), cross-attention, feed-forward."""
 
     heads: int
     ff_multiplier: int
@@ -161,10 +161,10 @@ class SpatialBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        u: Float[Array, "n l c"],
+        u: Float[Array, "n l c"] | Float[Array, "b t l c"],
         context: Float[Array, "b lc cc"] | None,
         mask: Bool[Array, "b lc"] | None,
-    ) -> Float[Array, "n l c"]:
+    ) -> Float[Array, "n l c"] | Float[Array, "b t l c"]:
         dtype = self.dtype
         y = layer_norm("norm1", dtype)(u)
         u = u + Attention(self.heads, dtype=dtype, name="self_attention")(y)
@@ -186,10 +186,10 @@ class TemporalBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        v: Float[Array, "n t c"],
+        v: Float[Array, "b t l c"],
         context: Float[Array, "b lc cc"] | None,
         mask: Bool[Array, "b lc"] | None,
-    ) -> Float[Array, "n t c"]:
+    ) -> Float[Array, "b t l c"]:
         dtype = self.dtype
         y = layer_norm("norm_in", dtype)(v)
         v = v + FeedForward(self.ff_multiplier, dtype, name="feed_forward_in")(y)
@@ -214,7 +214,7 @@ class VideoTransformer(nn.Module):
         u = rearrange(u, "n h w c -> n (h w) c")
         u = Dense(c, dtype=dtype, name="proj_in")(u)
 
-        # Frames of one video are neighbours here, and in `v` its pixels: they share its context.
+        # Frames of one video are neighbours: they share its context.
         context, mask = stream.context, stream.context_mask
         u = SpatialBlock(self.heads, self.ff_multiplier, dtype, name="spatial_block")(
             u, context, mask
@@ -223,13 +223,11 @@ class VideoTransformer(nn.Module):
         frame_emb = Mlp(4 * c, c, dtype=dtype, name="frame_embed")(sinusoids(jnp.arange(t), c))
         u = by_pixels(rearrange(u, "(b t) l c -> b t l c", t=t))
         v = u + frame_emb[None, :, None, :].astype(u.dtype)
-        v = rearrange(v, "b t l c -> (b l) t c")
         if not self.temporal_context:
             context = mask = None
         v = TemporalBlock(self.heads, self.ff_multiplier, dtype, name="temporal_block")(
             v, context, mask
         )
-        v = rearrange(v, "(b l) t c -> b t l c", b=b)
         u = AlphaBlender(name="time_mixer")(u, v, stream.image_only)
         u = Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="proj_out")(u)
         return rearrange(u, "b t (h w) c -> b t h w c", h=h) + x
