@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     from nuwa_jax.generation.stage_samples import StageSamples
     from nuwa_jax.generation.weights import load_model
     from nuwa_jax.training.loop import train
+    from nuwa_jax.training.stopping import exit_after
 
     config = CONFIG.value
     sample_fn = StageSamples(config) if config.train.sample_every else None
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     result = train(config, WORKDIR.value, sample_fn, initial)
     if result.signal is not None:
         print(f"stopped in {result.stage} after step {result.step}: run again to go on", flush=True)
-        sys.exit(128 + result.signal)
+        exit_after(result.signal)
     print(f"done: {WORKDIR.value}", flush=True)
 
 

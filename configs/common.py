@@ -114,7 +114,8 @@ def base() -> ConfigDict:
     c.train.init_from = ""  # weights to start from: an exported or converted model, or a workdir
     c.train.log_every = 20
     c.train.checkpoint_every = 500
-    c.train.keep = 2
+    c.train.keep = 2  # checkpoints, the newest ones
+    c.train.keep_every = 0  # and those of steps that are multiples of this; 0: none
     c.train.sample_every = 1000
     c.train.ema_decay = 0.999
     c.train.clip_norm = 1.0
@@ -123,6 +124,8 @@ def base() -> ConfigDict:
     # In which gradients are summed over devices; bfloat16 halves what is sent, and rounds.
     c.train.reduce_dtype = "float32"
     c.train.max_skipped = 10
+    c.train.allow_changed_batch_size = False  # of a run that goes on
+    c.train.use_previous_checkpoint = False  # where the newest is damaged, which deletes it
     c.train.adam_b1, c.train.adam_b2 = 0.9, 0.999
     c.train.decay, c.train.decay_share = "linear", 0.2
     c.train.l1_weight, c.train.mse_weight, c.train.kl_weight = 1.0, 1.0, 1e-6

@@ -42,13 +42,15 @@ def load_model(
     """The model of a training run, of an exported folder, or (None) the one the package ships.
 
     Args:
-      checkpoint: a `--workdir` of train.py or a folder that `save_model` wrote.
+      checkpoint: a `--workdir` of train.py, also in a bucket, or a folder that `save_model` wrote.
       stage: of a training run: the model as it was at the end of this stage.
       param_dtype: of the weights in memory; bfloat16 halves what they take.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
+    if "://" in str(checkpoint):
+        return _of_run(str(checkpoint), stage, param_dtype)
     folder = SHIPPED if checkpoint is None else Path(checkpoint)
     if not folder.is_dir():
         raise UserError(
@@ -59,12 +61,7 @@ def load_model(
         if stage is not None:
             raise UserError(f"{folder} holds one finished model: leave out --stage={stage}")
         return _load_folder(folder, param_dtype)
-    from nuwa_jax.training.checkpoint import load_final
-
-    loaded = load_final(folder, stage)
-    flat = traverse_util.flatten_dict(loaded.params, sep="/")
-    params = {name: _placed(name, leaf, param_dtype) for name, leaf in flat.items()}
-    return Model(traverse_util.unflatten_dict(params, sep="/"), loaded.config, str(folder))
+    return _of_run(str(folder), stage, param_dtype)
 
 
 def save_model(model: Model, folder: str | Path, dtype: DTypeLike = jnp.bfloat16) -> Path:
@@ -80,6 +77,15 @@ def save_model(model: Model, folder: str | Path, dtype: DTypeLike = jnp.bfloat16
     write_safetensors(folder / WEIGHTS, specs, arrays.items())
     (folder / CONFIG).write_text(model.config.to_json(indent=1) + "\n")
     return folder / WEIGHTS
+
+
+def _of_run(workdir: str, stage: str | None, param_dtype: DTypeLike) -> Model:
+    from nuwa_jax.training.checkpoint import load_final
+
+    loaded = load_final(workdir, stage)
+    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    params = {name: _placed(name, leaf, param_dtype) for name, leaf in flat.items()}
+    return Model(traverse_util.unflatten_dict(params, sep="/"), loaded.config, workdir)
 
 
 def _load_folder(folder: Path, param_dtype: DTypeLike) -> Model:

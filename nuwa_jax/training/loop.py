@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
+from os import PathLike
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,14 @@ from nuwa_jax.models.video_ldm import VideoLDM
 from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic, batch_sharding, make_mesh
 from nuwa_jax.parallel.sharding import check_replicated, place, report
 from nuwa_jax.training.calibration import calibrate_latents
-from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
+from nuwa_jax.training.checkpoint import (
+    DamagedCheckpoint,
+    Meta,
+    StageCheckpoints,
+    check_same_run,
+    origin,
+    plain_config,
+)
 from nuwa_jax.training.curriculum import (
     LATENTS,
     Params,
@@ -42,7 +49,8 @@ from nuwa_jax.training.precomputed import check_encoders
 from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
-from nuwa_jax.training.stopping import Stop, stop_requested
+from nuwa_jax.training.stopping import Stop, Stopped, stop_requested
+from nuwa_jax.training.workdir import Workdir
 
 # Steps given to the device before the host waits for one. It bounds how late a metric is read, and
 # so how far training runs on after something went wrong.
@@ -68,7 +76,7 @@ class Result:
 
 def train(
     config: ml_collections.ConfigDict,
-    workdir: str | Path,
+    workdir: str | PathLike[str],
     sample_fn: SampleFn | None = None,
     initial: Callable[[], Params] | None = None,
 ) -> Result:
@@ -76,11 +84,12 @@ def train(
 
     On one platform, a run that was stopped or killed at any point and started again gives bit for
     bit the numbers of one that was not, but for stages with a time budget, whose length depends
-    on the clock. SIGTERM and SIGINT save a checkpoint after the running step and end the run.
+    on the clock. SIGTERM and SIGINT save a checkpoint after the running step and end the run; they
+    do not wait for samples or, where this process has not trained yet, for anything.
 
     Args:
       config: of a file in configs/.
-      workdir: where checkpoints, metrics.jsonl, tensorboard/ and samples/ go.
+      workdir: where checkpoints, metrics.jsonl, tensorboard/ and samples/ go: a folder or a bucket.
       sample_fn: makes the clips to show every `config.train.sample_every` steps (0: never), for
         instance `nuwa_jax.generation.stage_samples.StageSamples`.
       initial: loads parameters that the first stage starts from in place of random ones; parts of
@@ -91,24 +100,25 @@ def train(
         `initial` does not fit the model.
       NonFiniteError: more than `config.train.max_skipped` steps in a row were not finite.
     """
-    workdir = Path(workdir)
     stages = stages_from_config(config)
     _check(config, stages)
-    run = _Run(config, workdir, stages, sample_fn, initial)
-    with stop_requested() as stop:
+    with stop_requested() as stop, closing(Workdir(workdir)) as workdir:
+        run = _Run(config, workdir, stages, sample_fn, initial)
         params, before = None, None
         for stage in stages:
-            with StageCheckpoints(workdir, stage.label, config.train.keep) as checkpoints:
-                latest = checkpoints.latest()
-                meta = None if latest is None else checkpoints.meta(latest)
+            with run.checkpoints(stage) as checkpoints:
+                meta = checkpoints.last(config.train.use_previous_checkpoint)
                 if meta is not None:
                     check_same_run(config, meta, workdir)
                 if meta is None or not meta.done:
-                    if params is None:
-                        params = run.params_before(stage)
-                        for coming in stages[stage.index :]:
-                            partition_for(coming, params)  # now rather than hours from now
-                    meta, params = run.run_stage(stage, checkpoints, meta, params, before, stop)
+                    try:
+                        if params is None:
+                            params = stop.call(run.params_before, stage)
+                            for coming in stages[stage.index :]:
+                                partition_for(coming, params)  # now rather than hours from now
+                        meta, params = run.run_stage(stage, checkpoints, meta, params, before, stop)
+                    except Stopped:  # before anything was trained that is not in a checkpoint
+                        return Result(stage.name, meta.step if meta else 0, stop.signal)
                 if not meta.done:
                     return Result(stage.name, meta.step, stop.signal)
                 before = meta
@@ -121,7 +131,7 @@ class _Run:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        workdir: Path,
+        workdir: Workdir,
         stages: Sequence[Stage],
         sample_fn: SampleFn | None,
         initial: Callable[[], Params] | None,
@@ -138,6 +148,7 @@ class _Run:
         ]
         tokenizer_of(config)  # or captions would be read as another encoder's tokens
         self.plain = plain_config(config)
+        self.origin = origin(sizes)
         self.main = jax.process_index() == 0
         # Checked once, before the first stage that runs: what it starts from is whole on this host,
         # which placed parameters need not be, and no stage that takes latents trains an encoder.
@@ -150,9 +161,26 @@ class _Run:
             size = dict(height=data.height, width=data.width, frames=data.frames)
             params = self.model.init(init_key(self.config.seed), **size)
             return params if self.initial is None else overlay(params, self.initial())
-        before = self.stages[stage.index - 1]
-        with StageCheckpoints(self.workdir, before.label) as checkpoints:
-            return checkpoints.restore_params(checkpoints.latest())
+        with self.checkpoints(self.stages[stage.index - 1]) as checkpoints:
+            step = checkpoints.latest()
+            try:
+                return checkpoints.restore_params(step)
+            except DamagedCheckpoint as error:
+                if not self.config.train.use_previous_checkpoint:
+                    raise
+                checkpoints.discard(step)
+                raise UserError(f"{error}; that is done now: run again to go on") from error
+
+    def checkpoints(self, stage: Stage) -> StageCheckpoints:
+        """Opens a stage's checkpoints; each one is reported when it is there for certain."""
+        return StageCheckpoints(
+            self.workdir.url,
+            stage.label,
+            self.config.train.keep,
+            self.config.train.keep_every,
+            before_commit=self.workdir.copy,
+            saved=lambda step: self._say(f"{stage.name}: saved step {step}"),
+        )
 
     def run_stage(
         self,
@@ -166,6 +194,9 @@ class _Run:
         """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents.
 
         `meta` is of the stage's own last checkpoint, `before` of the stage before it.
+
+        Raises:
+          Stopped: before the first step was done.
         """
         position = before.position if before else 0
         last = meta or before
@@ -176,11 +207,11 @@ class _Run:
         if meta is None:
             meta = Meta(self.plain, stage.name, stage.index, 0, position, 0.0, False, [])
             if stage.index == 0 and self.main:
-                self.workdir.mkdir(parents=True, exist_ok=True)
+                self.workdir.local.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(self.plain, indent=2) + "\n"
-                (self.workdir / "config.json").write_text(text)
+                (self.workdir.local / "config.json").write_text(text)
         else:
-            state = checkpoints.restore(meta.step, state, stage)
+            state = stop.call(checkpoints.restore, meta.step, state, stage)
             self._say(f"{stage.name}: going on at step {meta.step} of {stage.steps}")
         if meta.step == 0:
             self._say(f"{stage.name}: {_count(state.params)} of {_count(params)} parameters train")
@@ -188,7 +219,7 @@ class _Run:
             self._say(f"{stage.name}: {self.divided[stage.index]}; state: {replicated}")
         step_fn = make_train_step(self.model, config, stage, self.mesh)
         progress = Progress(
-            self.workdir,
+            self.workdir.local,
             self.stages,
             stage,
             log_every=train.log_every,
@@ -197,7 +228,9 @@ class _Run:
             window=meta.window,
             write=self.main,
         )
-        batches = self._batches(stage, meta.position, position)
+        # Where schedules would be if all batches had had this one's size.
+        schedule_start = meta.position - meta.step * stage.batch_size
+        batches = self._batches(stage, meta.position, schedule_start)
         changed = last is not None and batches.fingerprint != last.clips
         if changed and not self.data.allow_changed_clips:
             batches.close()
@@ -228,22 +261,25 @@ class _Run:
                     )
 
         with closing(progress), closing(batches):
-            step, saved = meta.step, True
+            step, saved, trained = meta.step, True, False
             elapsed, share = meta.elapsed, _share(stage, meta.step, meta.elapsed)
             while share < 1 and stop.signal is None:
                 start = time.monotonic()
                 batch = next(batches)
                 progress.waited(time.monotonic() - start)
                 rate = learning_rate(stage, train, step, share)
-                state, metrics = step_fn(state, batch, jnp.float32(rate), jnp.float32(share))
-                step, saved = step + 1, False
+                inputs = (state, batch, jnp.float32(rate), jnp.float32(share))
+                # The first one compiles: nothing is lost that is not in a checkpoint.
+                state, metrics = step_fn(*inputs) if trained else stop.call(step_fn, *inputs)
+                step, saved, trained = step + 1, False, True
                 in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
                 finish_steps(RUN_AHEAD)
+                checkpoints.check()
                 # Read once: a checkpoint that is not the stage's last must not seem so later.
                 elapsed = progress.elapsed
                 share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
-                    self._sample(state, stage, step, progress)
+                    self._sample(state, stage, step, progress, stop)
                 due = step % train.checkpoint_every == 0 or stop.signal is not None
                 saved = due and share < 1
                 if saved:
@@ -281,13 +317,18 @@ class _Run:
         latents = calibrate_latents(self.model, state.all_ema(), videos)
         return state._replace(frozen={**state.frozen, LATENTS: latents})
 
-    def _sample(self, state: TrainState, stage: Stage, step: int, progress: Progress) -> None:
+    def _sample(
+        self, state: TrainState, stage: Stage, step: int, progress: Progress, stop: Stop
+    ) -> None:
         if self.sample_fn is None:
             return
-        video = self.sample_fn(state.all_ema(), stage)
+        try:
+            video = stop.call(self.sample_fn, state.all_ema(), stage)
+        except Stopped:
+            return
         progress.video("samples", video, self.data.fps, step)
         if self.main:
-            folder = self.workdir / "samples"
+            folder = self.workdir.local / "samples"
             folder.mkdir(exist_ok=True)
             side_by_side = rearrange(video, "b t h w c -> t h (b w) c")
             write_video(folder / f"{stage.label}_{step:07d}.mp4", side_by_side, self.data.fps)
@@ -302,6 +343,7 @@ class _Run:
             position=position,
             elapsed=elapsed,
             window=list(window),
+            **self.origin,
         )
 
     def _say(self, text: str) -> None:
@@ -311,9 +353,11 @@ class _Run:
 
 def _check(config: ml_collections.ConfigDict, stages: Sequence[Stage]) -> None:
     train = config.train
-    for key in ("log_every", "checkpoint_every", "accumulate", "calibration_batches"):
+    for key in ("log_every", "checkpoint_every", "keep", "accumulate", "calibration_batches"):
         if train[key] < 1:
             raise UserError(f"train.{key} must be at least 1, got {train[key]}")
+    if train.keep_every < 0:
+        raise UserError(f"train.keep_every must be 0 (none) or more, got {train.keep_every}")
     if train.decay not in DECAYS:
         raise UserError(f"train.decay must be one of {DECAYS}, got {train.decay!r}")
     for stage in stages:

@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nuwa_jax.training.checkpoint import load_final
+from nuwa_jax.training.checkpoint import StageCheckpoints, load_final
 
 HERE = Path(__file__).parent
 STAGES = ("autoencoder", "text_to_video", "flow", "drag")
@@ -93,6 +95,85 @@ def test_the_real_model_killed_three_times_in_each_stage_ends_as_if_it_had_not_b
             run(program, tmp_path / "killed", steps, kill_after=(stage, step))
     run(program, tmp_path / "killed", steps)
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+class KilledRun:
+    """A run with the fake model, 50 ms a batch, that is killed; what it has told until then."""
+
+    def __init__(self, workdir, steps):
+        program = HERE / "slow_run.py"
+        flags = command("batches", workdir, steps)[2:]
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), "batches", *flags],
+            cwd=HERE.parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.told = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        self.told.extend(self._process.stdout)
+
+    def wait_for(self, condition):
+        """False if the run has ended before."""
+        while not condition():
+            if self._process.poll() is not None:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def kill(self):
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self._reader.join()
+        assert self._process.returncode == -signal.SIGKILL, "".join(self.told)[-3000:]
+
+    def places(self, pattern):
+        """(stage, step) of every line that matches."""
+        found = re.findall(pattern, "".join(list(self.told)), re.MULTILINE)
+        return [(STAGES.index(stage), int(step)) for stage, step in found]
+
+
+def being_written(workdir):
+    return list((workdir / "stages").glob("*/*.orbax-checkpoint-tmp*"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_during_training_and_writing_lose_nothing_that_was_reported_as_saved(tmp_path):
+    """Every other kill waits for a checkpoint that is being written."""
+    steps, chosen, killed = 60, random.Random(1), tmp_path / "killed"
+    run(HERE / "fake_model.py", tmp_path / "whole", steps)
+    reported, in_writes, mid_stage = (-1, 0), 0, 0
+    for number in range(20):
+        process = KilledRun(killed, steps)
+        assert process.wait_for(lambda p=process: p.places(r"^(\w+) (\d+)/\d+ \| loss"))
+        count = len(process.places(r"^(\w+) (\d+)/\d+ \| loss")) + chosen.randint(1, 9)
+        assert process.wait_for(
+            lambda p=process, c=count: len(p.places(r"^(\w+) (\d+)/\d+ \| loss")) >= c
+        )
+        if number % 2:
+            assert process.wait_for(lambda: being_written(killed))
+        time.sleep(chosen.uniform(0, 0.1))
+        process.kill()
+        in_writes += bool(being_written(killed))
+        went_on = process.places(r"^(\w+): going on at step (\d+)")
+        assert not went_on or went_on[0] >= reported
+        mid_stage += bool(went_on)
+        reported = max([reported, *process.places(r"^(\w+): saved step (\d+)")])
+        if reported[0] >= 0:
+            label = f"{reported[0]:02d}_{STAGES[reported[0]]}"
+            with StageCheckpoints(killed, label) as checkpoints:
+                assert checkpoints.last().step >= reported[1]
+                checkpoints.verify(checkpoints.latest())
+    run(HERE / "fake_model.py", killed, steps)
+    assert_equal_runs(tmp_path / "whole", killed)
+    print(
+        f"\n20 kills, {in_writes} of them within a write; went on within a stage {mid_stage} times"
+    )
+    assert in_writes >= 5 and mid_stage >= 5
 
 
 @pytest.mark.parametrize(
