@@ -25,7 +25,15 @@ from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM
-from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic, batch_sharding, make_mesh
+from nuwa_jax.parallel.agreement import Agreement, check_same, check_same_program
+from nuwa_jax.parallel.mesh import (
+    MeshConfig,
+    batch_arithmetic,
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    reading_hosts,
+)
 from nuwa_jax.parallel.sharding import check_replicated, place, report
 from nuwa_jax.training.calibration import calibrate_latents
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
@@ -94,6 +102,7 @@ def train(
     workdir = Path(workdir)
     stages = stages_from_config(config)
     _check(config, stages)
+    check_same_program(plain_config(config), workdir)
     run = _Run(config, workdir, stages, sample_fn, initial)
     with stop_requested() as stop:
         params, before = None, None
@@ -110,7 +119,7 @@ def train(
                             partition_for(coming, params)  # now rather than hours from now
                     meta, params = run.run_stage(stage, checkpoints, meta, params, before, stop)
                 if not meta.done:
-                    return Result(stage.name, meta.step, stop.signal)
+                    return Result(stage.name, meta.step, run.signal)
                 before = meta
     return Result(stage.name, meta.step, None)
 
@@ -131,7 +140,7 @@ class _Run:
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
         self.mesh = make_mesh(MeshConfig.from_config(config.get("mesh", {})))
-        train, sizes, hosts = config.train, dict(self.mesh.shape), jax.process_count()
+        train, sizes, hosts = config.train, dict(self.mesh.shape), reading_hosts(self.mesh)
         # Of all stages now rather than hours from now.
         self.divided = [
             batch_arithmetic(stage.batch_size, train.accumulate, sizes, hosts) for stage in stages
@@ -142,6 +151,7 @@ class _Run:
         # Checked once, before the first stage that runs: what it starts from is whole on this host,
         # which placed parameters need not be, and no stage that takes latents trains an encoder.
         self.encoders_checked = False
+        self.signal: int | None = None  # by which all processes stop
 
     def params_before(self, stage: Stage) -> Params:
         """What a stage starts from: the averages of the one before it, or initial parameters."""
@@ -212,13 +222,19 @@ class _Run:
             check_encoders(params, batches.encoders)
             self.encoders_checked = True
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
+        check_same(
+            f"what stage {stage.name} starts from",
+            {"step": meta.step, "data position": meta.position, "prepared clips": meta.clips},
+            "copy the same clips to all hosts",
+        )
+        agreement = Agreement(meta.elapsed, stop.signal)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
 
         def finish_steps(ahead: int) -> None:
             """Reads metrics until at most `ahead` steps are under way."""
             while len(in_flight) > ahead:
                 at, metrics = in_flight.popleft()
-                metrics = jax.device_get(metrics)
+                metrics = agreement.take(jax.device_get(metrics))
                 progress.step(at, metrics)
                 if metrics["skipped"] > train.max_skipped:
                     raise NonFiniteError(
@@ -229,22 +245,24 @@ class _Run:
 
         with closing(progress), closing(batches):
             step, saved = meta.step, True
-            elapsed, share = meta.elapsed, _share(stage, meta.step, meta.elapsed)
-            while share < 1 and stop.signal is None:
+            self.signal, elapsed = agreement.settled(stop.signal, meta.elapsed)
+            share = _share(stage, meta.step, elapsed)
+            while share < 1 and self.signal is None:
                 start = time.monotonic()
                 batch = next(batches)
                 progress.waited(time.monotonic() - start)
                 rate = learning_rate(stage, train, step, share)
                 state, metrics = step_fn(state, batch, jnp.float32(rate), jnp.float32(share))
                 step, saved = step + 1, False
-                in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
+                votes = agreement.cast(stop.signal, progress.elapsed)
+                in_flight.append((step, metrics | votes | {"learning_rate": jnp.float32(rate)}))
                 finish_steps(RUN_AHEAD)
                 # Read once: a checkpoint that is not the stage's last must not seem so later.
-                elapsed = progress.elapsed
+                self.signal, elapsed = agreement.settled(stop.signal, progress.elapsed)
                 share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
                     self._sample(state, stage, step, progress)
-                due = step % train.checkpoint_every == 0 or stop.signal is not None
+                due = step % train.checkpoint_every == 0 or self.signal is not None
                 saved = due and share < 1
                 if saved:
                     finish_steps(0)
@@ -260,18 +278,17 @@ class _Run:
         return meta, state.all_ema()
 
     def _batches(self, stage: Stage, position: int, stage_start: int) -> Batches:
-        model = self.model
+        model, sharding = self.model, batch_sharding(self.mesh)
         return make_batches(
             self.data,
             seed=self.config.seed,
             batch_size=stage.batch_size,
             start_index=position,
-            shard=jax.process_index(),
-            num_shards=jax.process_count(),
+            rows=local_rows(sharding, stage.batch_size),
             with_flow=stage.needs_flow,
             schedule_start=stage_start,
             with_picture=bool(model.image_encoder or model.augmentation),
-            transfer=functools.partial(to_device, sharding=batch_sharding(self.mesh)),
+            transfer=functools.partial(to_device, sharding=sharding, batch_size=stage.batch_size),
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
@@ -279,7 +296,7 @@ class _Run:
         with closing(self._batches(stage, 0, 0)) as batches:
             videos = [next(batches).video for _ in range(self.config.train.calibration_batches)]
         latents = calibrate_latents(self.model, state.all_ema(), videos)
-        return state._replace(frozen={**state.frozen, LATENTS: latents})
+        return state._replace(frozen={**state.frozen, LATENTS: place(latents, self.mesh)})
 
     def _sample(self, state: TrainState, stage: Stage, step: int, progress: Progress) -> None:
         if self.sample_fn is None:
