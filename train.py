@@ -17,8 +17,8 @@ from nuwa_jax.errors import UserError, run_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is stored; may exist already.")
-# How several processes find each other; on TPU pods, in JobSets, under srun and under mpirun of Open
-# MPI 4 nothing of it is needed (nuwa_jax/parallel/distributed.py).
+# How several processes find each other. TPU pods, srun and mpirun of Open MPI 4 need nothing of it
+# (nuwa_jax/parallel/distributed.py).
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens.")
 NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "Processes of the job; an error if fewer come. 1: this one alone."
@@ -43,10 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if not WORKDIR.value:
         raise UserError("give --workdir=DIR, where the run is to be stored")
 
-    from nuwa_jax.generation.stage_samples import StageSamples
-    from nuwa_jax.generation.weights import load_model
     from nuwa_jax.parallel.distributed import Launch, job
-    from nuwa_jax.training.loop import train
 
     config = CONFIG.value
     launch = Launch(
@@ -57,6 +54,10 @@ def main(argv: Sequence[str]) -> None:
         peer_timeout=PEER_TIMEOUT.value,
     )
     with job(launch) as process:
+        from nuwa_jax.generation.stage_samples import StageSamples
+        from nuwa_jax.generation.weights import load_model
+        from nuwa_jax.training.loop import train
+
         sample_fn = StageSamples(config) if config.train.sample_every else None
         initial = None
         if config.train.init_from:

@@ -163,6 +163,7 @@ def job(launch: Launch, environ: Mapping[str, str] | None = None) -> Iterator[in
     peers = Peers(launch.peer_timeout)
     with peers.watching():
         try:
+            _check_count(chosen)
             yield jax.process_index()
         except SystemExit:
             raise
@@ -192,6 +193,8 @@ def _join(chosen: Plan, launch: Launch) -> bool:
         "all processes were started, that they name the same coordinator and number of processes, "
         "each another process_id, and that the port is open (--join_timeout=SECONDS waits longer)"
     )
+    # Its handler would swallow SIGTERM; stopping is agreed on in `agreement`.
+    jax.config.update("jax_enable_preemption_service", False)
     with last_words(lambda: (failure, 2)):
         try:
             jax.distributed.initialize(**chosen.arguments, **timeouts)
@@ -207,17 +210,21 @@ def _join(chosen: Plan, launch: Launch) -> bool:
             ) from error
         except (RuntimeError, OSError, KeyError) as error:
             raise UserError(f"{failure} ({' '.join(str(error).split())[:300]})") from error
-    state = distributed.global_state
-    expected = chosen.expected or state.num_processes
-    if state.num_processes != expected or jax.process_count() != expected:
-        raise UserError(
-            f"{chosen.says or 'the environment'} says {expected} processes, but "
-            f"{state.num_processes} came together and {jax.process_count()} have devices: start as "
-            "many as that, each on devices of its own"
-        )
-    if expected == 1:
+    if distributed.global_state.num_processes == 1 and chosen.expected is None:
         jax.distributed.shutdown()
-    return expected > 1
+        return False
+    return True
+
+
+def _check_count(chosen: Plan) -> None:
+    joined, found = distributed.global_state.num_processes, jax.process_count()
+    expected = chosen.expected or joined
+    if not joined == found == expected:
+        raise UserError(
+            f"{chosen.says or 'the environment'} says {expected} processes, but {joined} came "
+            f"together, of which {found} have devices: start as many as that, each on devices of "
+            "its own"
+        )
 
 
 def _launcher(environ: Mapping[str, str]) -> tuple[int | None, int | None, str]:

@@ -39,7 +39,8 @@ class Peers:
         """Takes a process as lost after `timeout` seconds without a sign of life."""
         state = distributed.global_state
         self._client, self._coordinator = state.client, state.coordinator_address
-        self._index, self._count = jax.process_index(), jax.process_count()
+        # Not those of the backend, which would start here, unwatched.
+        self._index, self._count = state.process_id, state.num_processes
         self._timeout, self._period = timeout, min(2.0, timeout / 5)
         self._name = f"process {self._index} ({platform.node()})"
         self._hosts: dict[int, str] = {}
@@ -61,7 +62,9 @@ class Peers:
                 thread.join(2 * self._period)
 
     def wait_for_verdict(self, error: Exception) -> None:
-        """Gives `_watch` the time to say who was lost, after a collective has failed."""
+        """Gives `_watch` the time to say who was lost, if that may be why a collective failed."""
+        if str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
+            return
         first_line = str(error).partition("\n")[0][:300]
         seconds = self._timeout + 5 * self._period
         _tell(f"{self._name}: {first_line}; looking which process was lost, up to {seconds:.0f} s")

@@ -154,15 +154,19 @@ class _Run:
         self.signal: int | None = None  # by which all processes stop
 
     def params_before(self, stage: Stage) -> Params:
-        """What a stage starts from: the averages of the one before it, or initial parameters."""
+        """What a stage starts from: the averages of the one before it, or initial parameters.
+
+        They are in the host's memory: whole, they may not fit a device beside what trains.
+        """
         if stage.index == 0:
             data = self.data
             size = dict(height=data.height, width=data.width, frames=data.frames)
             params = self.model.init(init_key(self.config.seed), **size)
-            return params if self.initial is None else overlay(params, self.initial())
+            params = params if self.initial is None else overlay(params, self.initial())
+            return jax.device_get(params)
         before = self.stages[stage.index - 1]
         with StageCheckpoints(self.workdir, before.label) as checkpoints:
-            return checkpoints.restore_params(checkpoints.latest())
+            return jax.device_get(checkpoints.restore_params(checkpoints.latest()))
 
     def run_stage(
         self,
@@ -181,7 +185,9 @@ class _Run:
         last = meta or before
         config, train = self.config, self.config.train
         sizes = dict(self.mesh.shape)
-        state = place(init_state(params, stage, make_optimizer(train)), self.mesh)
+        # Placed twice: made from parameters that are split, the whole state never lies on a device.
+        state = init_state(place(params, self.mesh), stage, make_optimizer(train))
+        state = place(state, self.mesh)
         replicated = check_replicated(report(state, sizes), sizes)
         if meta is None:
             meta = Meta(self.plain, stage.name, stage.index, 0, position, 0.0, False, [])
