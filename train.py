@@ -17,6 +17,17 @@ from nuwa_jax.errors import UserError, run_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is stored; may exist already.")
+# How several processes find each other. TPU pods, srun and mpirun of Open MPI 4 need nothing of it
+# (nuwa_jax/parallel/distributed.py).
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens.")
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the job; an error if fewer come. 1: this one alone."
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all processes.")
+PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout", 30, "Seconds without a sign of life after which a process is taken as lost."
+)
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config and exit.")
 
 
@@ -32,21 +43,35 @@ def main(argv: Sequence[str]) -> None:
     if not WORKDIR.value:
         raise UserError("give --workdir=DIR, where the run is to be stored")
 
-    from nuwa_jax.generation.stage_samples import StageSamples
-    from nuwa_jax.generation.weights import load_model
-    from nuwa_jax.training.loop import train
-    from nuwa_jax.training.stopping import exit_after
+    from nuwa_jax.parallel.distributed import Launch, job
 
     config = CONFIG.value
-    sample_fn = StageSamples(config) if config.train.sample_every else None
-    initial = None
-    if config.train.init_from:
-        initial = lambda: load_model(config.train.init_from).params  # noqa: E731
-    result = train(config, WORKDIR.value, sample_fn, initial)
+    launch = Launch(
+        COORDINATOR.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        join_timeout=JOIN_TIMEOUT.value,
+        peer_timeout=PEER_TIMEOUT.value,
+    )
+    with job(launch) as process:
+        from nuwa_jax.generation.stage_samples import StageSamples
+        from nuwa_jax.generation.weights import load_model
+        from nuwa_jax.training.loop import train
+        from nuwa_jax.training.stopping import exit_after
+
+        sample_fn = StageSamples(config) if config.train.sample_every else None
+        initial = None
+        if config.train.init_from:
+            initial = lambda: load_model(config.train.init_from).params  # noqa: E731
+        result = train(config, WORKDIR.value, sample_fn, initial)
     if result.signal is not None:
-        print(f"stopped in {result.stage} after step {result.step}: run again to go on", flush=True)
+        told = f"stopped in {result.stage} after step {result.step}: run again to go on"
+    else:
+        told = f"done: {WORKDIR.value}"
+    if process == 0:
+        print(told, flush=True)
+    if result.signal is not None:
         exit_after(result.signal)
-    print(f"done: {WORKDIR.value}", flush=True)
 
 
 def read_flags(argv: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -21,7 +22,16 @@ def run_main(main: Callable[[Sequence[str]], object]) -> None:
         try:
             main(argv)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(report(error))
 
     app.run(guarded)
+
+
+def report(error: BaseException) -> int:
+    """Tells an error that ends the program on stderr; returns its exit code."""
+    if isinstance(error, UserError):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    return 1

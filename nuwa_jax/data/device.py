@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from nuwa_jax.data.batch import Batch
 from nuwa_jax.motion.tracks import TrackState
 
 
-def to_device(batch: Batch, sharding: jax.sharding.Sharding | None = None) -> Batch:
-    """The batch as arrays on devices; with a sharding, each host gives its block of the batch."""
+def to_device(
+    batch: Batch,
+    sharding: jax.sharding.Sharding | None = None,
+    batch_size: int | None = None,
+) -> Batch:
+    """The batch as arrays on devices.
+
+    Args:
+      batch: of this host.
+      sharding: of the global batch, of which each host gives the rows that lie on its devices, in
+        their order; None: on one device.
+      batch_size: of the global batch; by default, the hosts have equal and different parts of it.
+    """
     if sharding is None:
         return jax.device_put(batch)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-    )
+
+    def put(array: np.ndarray) -> Array:
+        shape = None if batch_size is None else (batch_size, *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+
+    return jax.tree.map(put, batch)
 
 
 def complete(batch: Batch, height: int, width: int) -> Batch:

@@ -145,6 +145,7 @@ def make_batches(
     start_index: int = 0,
     shard: int = 0,
     num_shards: int = 1,
+    rows: Sequence[int] | None = None,
     with_flow: bool = False,
     with_picture: bool = True,
     schedule_start: int = 0,
@@ -166,6 +167,8 @@ def make_batches(
       start_index: element at which to start: the state of an earlier iteration, its `next_index`.
       shard: which block of every batch to yield, usually `jax.process_index()`.
       num_shards: usually `jax.process_count()`.
+      rows: instead of a block, the rows of every batch to yield, of 0 .. batch_size - 1: those that
+        lie on the devices of this host (`nuwa_jax.parallel.mesh.local_rows`).
       with_flow: fill `Batch.flow`.
       with_picture: with precomputed latents, fill `Batch.video` with the first frame; without
         them, it is all frames in any case.
@@ -190,9 +193,10 @@ def make_batches(
     if start_index < 0 or seed < 0:
         raise ValueError(f"start_index and seed are at least 0, got {start_index} and {seed}")
     mixture = Mixture(config, seed, with_flow=with_flow, with_picture=with_picture)
-    elements = _Elements(
-        config, mixture, seed, batch_size, start_index, shard, num_shards, schedule_start
-    )
+    if rows is None:
+        each = batch_size // num_shards
+        rows = range(shard * each, (shard + 1) * each)
+    elements = _Elements(config, mixture, seed, batch_size, start_index, rows, schedule_start)
     return Batches(elements, config, batch_size, start_index, num_batches, transfer)
 
 
@@ -224,17 +228,16 @@ class _Elements:
         seed: int,
         batch_size: int,
         start: int,
-        shard: int,
-        num_shards: int,
+        rows: Sequence[int],
         schedule_start: int,
     ) -> None:
         self._config = config
         self._seed = seed
         self._batch_size = batch_size
         self._start = start
-        self._shard = shard
+        self._rows = rows
         self._schedule_start = schedule_start
-        self.local_batch_size = batch_size // num_shards
+        self.local_batch_size = len(rows)
         self._tokenize = load_tokenizer(config.tokenizer)
         self._mixture = mixture
         self.fingerprint = mixture.fingerprint
@@ -245,8 +248,7 @@ class _Elements:
 
     def __getitem__(self, position: int) -> _Made:
         batch, row = divmod(int(position), self.local_batch_size)
-        row += self._shard * self.local_batch_size
-        return self._element(self._start + batch * self._batch_size + row)
+        return self._element(self._start + batch * self._batch_size + self._rows[row])
 
     def fault(self, damaged: Damaged) -> str:
         """Which record that is, and why it cannot be read."""

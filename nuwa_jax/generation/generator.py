@@ -22,6 +22,7 @@ from nuwa_jax.generation.weights import Model, load_model
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float, to_uint8
 from nuwa_jax.motion.raster import rasterize
+from nuwa_jax.parallel.sharding import to_host
 
 
 class Generator:
@@ -132,7 +133,7 @@ class Generator:
             jnp.asarray(state, jnp.int32),
             start,
         )
-        return np.asarray(out)
+        return to_host(out)
 
     def program(
         self,

@@ -15,6 +15,7 @@ from nuwa_jax.generation.weights import Model
 from nuwa_jax.models.video_ldm import VideoLDM, to_float, to_uint8
 from nuwa_jax.motion.schedules import at_end
 from nuwa_jax.motion.trajectory_samplers import sample_trajectories
+from nuwa_jax.parallel.sharding import to_host
 from nuwa_jax.training.curriculum import Params, Stage
 
 NUM_SAMPLES = 4
@@ -61,7 +62,7 @@ class StageSamples:
     def __call__(self, params: Params, stage: Stage) -> UInt8[np.ndarray, "b t h w 3"]:
         """Clips twice as high as the model's, at its size otherwise."""
         if stage.objective == "reconstruct":
-            made = np.asarray(self._reconstruct(params, self._video))
+            made = to_host(self._reconstruct(params, self._video))
         else:
             made = self._sample(params, with_drags=stage.condition != "none")
         return np.concatenate([self._video, made], axis=2)

@@ -128,9 +128,7 @@ def boxed(
     """
     flat, dimensions = flatten_dict(params), flatten_dict(dimensions)
     # `merge_lora` needs these whole, and exact: the updates are small against the kernels.
-    merged = {
-        (*path[1:-1], "kernel") for path in flat if path[0] == "lora"
-    }
+    merged = {(*path[1:-1], "kernel") for path in flat if path[0] == "lora"}
     out = {}
     for path, leaf in flat.items():
         if dimensions[path] is None:

@@ -149,6 +149,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch that lie on this process' devices, in order.
+
+    Usually one block; but where the torus of a TPU pod orders devices, or frames or channels are
+    split over hosts, rows may come from several places, and several hosts may need the same.
+    """
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    blocks = {index.indices(batch_size)[:2] for (index,) in indices}
+    return tuple(row for start, stop in sorted(blocks) for row in range(start, stop))
+
+
+def reading_hosts(mesh: Mesh) -> int:
+    """Into how many parts the processes divide a batch among them: one each, but see above."""
+    copies = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return max(1, copies // len(local_rows(batch_sharding(mesh), copies)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

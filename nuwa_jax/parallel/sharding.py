@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nuwa_jax.errors import UserError
@@ -95,6 +96,13 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
+def to_host(array: Any) -> np.ndarray:
+    """The whole array, on every process; all must ask for it."""
+    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def report(tree: Any, sizes: Mapping[str, int]) -> list[Placed]:
     """A line for every array of a tree, the largest first."""
     return sorted(_lines(tree, sizes), key=lambda line: -line.bytes)
@@ -142,7 +150,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     """`array` laid out as `sharding` says; copies, so that donating one leaves the other."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or not getattr(array, "is_fully_addressable", True):
         return jax.device_put(array, sharding, may_alias=False)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
+from nuwa_jax.parallel.sharding import to_host
 from nuwa_jax.training.curriculum import LATENTS, Params
 
 
@@ -25,7 +26,7 @@ def calibrate_latents(
     posterior = jax.jit(lambda p, video: model.posterior(p, to_float(video))[0])
     count, total, squares = 0, 0.0, 0.0
     for video in videos:
-        z = np.asarray(posterior(params, video), np.float64).reshape(-1, _channels(params))
+        z = to_host(posterior(params, video)).astype(np.float64).reshape(-1, _channels(params))
         count, total, squares = count + len(z), total + z.sum(0), squares + (z**2).sum(0)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))

@@ -25,7 +25,15 @@ from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM
-from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic, batch_sharding, make_mesh
+from nuwa_jax.parallel.agreement import Agreement, check_same, check_same_program
+from nuwa_jax.parallel.mesh import (
+    MeshConfig,
+    batch_arithmetic,
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    reading_hosts,
+)
 from nuwa_jax.parallel.sharding import check_replicated, place, report
 from nuwa_jax.training.calibration import calibrate_latents
 from nuwa_jax.training.checkpoint import (
@@ -102,6 +110,7 @@ def train(
     """
     stages = stages_from_config(config)
     _check(config, stages)
+    check_same_program(plain_config(config), workdir)
     with stop_requested() as stop, closing(Workdir(workdir)) as workdir:
         run = _Run(config, workdir, stages, sample_fn, initial)
         params, before = None, None
@@ -118,9 +127,14 @@ def train(
                                 partition_for(coming, params)  # now rather than hours from now
                         meta, params = run.run_stage(stage, checkpoints, meta, params, before, stop)
                     except Stopped:  # before anything was trained that is not in a checkpoint
+                        if jax.process_count() > 1:  # the others may not have had the signal
+                            raise UserError(
+                                f"signal {stop.signal} came before stage {stage.name} went on, so "
+                                "nothing is lost: start the job again to go on"
+                            ) from None
                         return Result(stage.name, meta.step if meta else 0, stop.signal)
                 if not meta.done:
-                    return Result(stage.name, meta.step, stop.signal)
+                    return Result(stage.name, meta.step, run.signal)
                 before = meta
     return Result(stage.name, meta.step, None)
 
@@ -141,7 +155,7 @@ class _Run:
         self.model = VideoLDM.from_config(config.model)
         self.data = DataConfig.from_config(config.data)
         self.mesh = make_mesh(MeshConfig.from_config(config.get("mesh", {})))
-        train, sizes, hosts = config.train, dict(self.mesh.shape), jax.process_count()
+        train, sizes, hosts = config.train, dict(self.mesh.shape), reading_hosts(self.mesh)
         # Of all stages now rather than hours from now.
         self.divided = [
             batch_arithmetic(stage.batch_size, train.accumulate, sizes, hosts) for stage in stages
@@ -153,18 +167,23 @@ class _Run:
         # Checked once, before the first stage that runs: what it starts from is whole on this host,
         # which placed parameters need not be, and no stage that takes latents trains an encoder.
         self.encoders_checked = False
+        self.signal: int | None = None  # by which all processes stop
 
     def params_before(self, stage: Stage) -> Params:
-        """What a stage starts from: the averages of the one before it, or initial parameters."""
+        """What a stage starts from: the averages of the one before it, or initial parameters.
+
+        They are in the host's memory: whole, they may not fit a device beside what trains.
+        """
         if stage.index == 0:
             data = self.data
             size = dict(height=data.height, width=data.width, frames=data.frames)
             params = self.model.init(init_key(self.config.seed), **size)
-            return params if self.initial is None else overlay(params, self.initial())
+            params = params if self.initial is None else overlay(params, self.initial())
+            return jax.device_get(params)
         with self.checkpoints(self.stages[stage.index - 1]) as checkpoints:
             step = checkpoints.latest()
             try:
-                return checkpoints.restore_params(step)
+                return jax.device_get(checkpoints.restore_params(step))
             except DamagedCheckpoint as error:
                 if not self.config.train.use_previous_checkpoint:
                     raise
@@ -202,7 +221,9 @@ class _Run:
         last = meta or before
         config, train = self.config, self.config.train
         sizes = dict(self.mesh.shape)
-        state = place(init_state(params, stage, make_optimizer(train)), self.mesh)
+        # Placed twice: made from parameters that are split, the whole state never lies on a device.
+        state = init_state(place(params, self.mesh), stage, make_optimizer(train))
+        state = place(state, self.mesh)
         replicated = check_replicated(report(state, sizes), sizes)
         if meta is None:
             meta = Meta(self.plain, stage.name, stage.index, 0, position, 0.0, False, [])
@@ -245,13 +266,19 @@ class _Run:
             check_encoders(params, batches.encoders)
             self.encoders_checked = True
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
+        check_same(
+            f"what stage {stage.name} starts from",
+            {"step": meta.step, "data position": meta.position, "prepared clips": meta.clips},
+            "copy the same clips to all hosts",
+        )
+        agreement = Agreement(meta.elapsed, stop.signal)
         in_flight: deque[tuple[int, dict[str, Array]]] = deque()
 
         def finish_steps(ahead: int) -> None:
             """Reads metrics until at most `ahead` steps are under way."""
             while len(in_flight) > ahead:
                 at, metrics = in_flight.popleft()
-                metrics = jax.device_get(metrics)
+                metrics = agreement.take(jax.device_get(metrics))
                 progress.step(at, metrics)
                 if metrics["skipped"] > train.max_skipped:
                     raise NonFiniteError(
@@ -262,8 +289,9 @@ class _Run:
 
         with closing(progress), closing(batches):
             step, saved, trained = meta.step, True, False
-            elapsed, share = meta.elapsed, _share(stage, meta.step, meta.elapsed)
-            while share < 1 and stop.signal is None:
+            self.signal, elapsed = agreement.settled(stop.signal, meta.elapsed)
+            share = _share(stage, meta.step, elapsed)
+            while share < 1 and self.signal is None:
                 start = time.monotonic()
                 batch = next(batches)
                 progress.waited(time.monotonic() - start)
@@ -272,15 +300,16 @@ class _Run:
                 # The first one compiles: nothing is lost that is not in a checkpoint.
                 state, metrics = step_fn(*inputs) if trained else stop.call(step_fn, *inputs)
                 step, saved, trained = step + 1, False, True
-                in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
+                votes = agreement.cast(stop.signal, progress.elapsed)
+                in_flight.append((step, metrics | votes | {"learning_rate": jnp.float32(rate)}))
                 finish_steps(RUN_AHEAD)
                 checkpoints.check()
                 # Read once: a checkpoint that is not the stage's last must not seem so later.
-                elapsed = progress.elapsed
+                self.signal, elapsed = agreement.settled(stop.signal, progress.elapsed)
                 share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
                     self._sample(state, stage, step, progress, stop)
-                due = step % train.checkpoint_every == 0 or stop.signal is not None
+                due = step % train.checkpoint_every == 0 or self.signal is not None
                 saved = due and share < 1
                 if saved:
                     finish_steps(0)
@@ -296,18 +325,17 @@ class _Run:
         return meta, state.all_ema()
 
     def _batches(self, stage: Stage, position: int, stage_start: int) -> Batches:
-        model = self.model
+        model, sharding = self.model, batch_sharding(self.mesh)
         return make_batches(
             self.data,
             seed=self.config.seed,
             batch_size=stage.batch_size,
             start_index=position,
-            shard=jax.process_index(),
-            num_shards=jax.process_count(),
+            rows=local_rows(sharding, stage.batch_size),
             with_flow=stage.needs_flow,
             schedule_start=stage_start,
             with_picture=bool(model.image_encoder or model.augmentation),
-            transfer=functools.partial(to_device, sharding=batch_sharding(self.mesh)),
+            transfer=functools.partial(to_device, sharding=sharding, batch_size=stage.batch_size),
         )
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
@@ -315,17 +343,20 @@ class _Run:
         with closing(self._batches(stage, 0, 0)) as batches:
             videos = [next(batches).video for _ in range(self.config.train.calibration_batches)]
         latents = calibrate_latents(self.model, state.all_ema(), videos)
-        return state._replace(frozen={**state.frozen, LATENTS: latents})
+        return state._replace(frozen={**state.frozen, LATENTS: place(latents, self.mesh)})
 
     def _sample(
         self, state: TrainState, stage: Stage, step: int, progress: Progress, stop: Stop
     ) -> None:
         if self.sample_fn is None:
             return
-        try:
-            video = stop.call(self.sample_fn, state.all_ema(), stage)
-        except Stopped:
-            return
+        if jax.process_count() > 1:  # all together, or those who go on would wait for ever
+            video = self.sample_fn(state.all_ema(), stage)
+        else:
+            try:
+                video = stop.call(self.sample_fn, state.all_ema(), stage)
+            except Stopped:
+                return
         progress.video("samples", video, self.data.fps, step)
         if self.main:
             folder = self.workdir.local / "samples"

@@ -98,9 +98,7 @@ def make_train_step(
                 jnp.asarray(progress, jnp.float32),
             )
         else:
-            (loss, metrics), grads = gradients(
-                state.params, state.frozen, (batch, draws), progress
-            )
+            (loss, metrics), grads = gradients(state.params, state.frozen, (batch, draws), progress)
         norm = optax.tree.norm(grads)
         grads = clip_by_norm(grads, norm, train.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
