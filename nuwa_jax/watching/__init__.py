@@ -1,0 +1,1 @@
+"""What a run does while it runs: its arithmetic, its time, its health."""
