@@ -119,11 +119,22 @@ def base() -> ConfigDict:
     c.train.clip_norm = 1.0
     c.train.weight_decay = 0.01
     c.train.accumulate = 1
+    # A step whose loss or gradient is not finite changes nothing: "skip" counts it, and ends the
+    # run after max_skipped in a row; "stop" ends it at once.
+    c.train.non_finite = "skip"
     c.train.max_skipped = 10
     c.train.adam_b1, c.train.adam_b2 = 0.9, 0.999
     c.train.decay, c.train.decay_share = "linear", 0.2
     c.train.l1_weight, c.train.mse_weight, c.train.kl_weight = 1.0, 1.0, 1e-6
     c.train.calibration_batches = 8
+    # Kept compiled programs: a folder, relative to the workdir, or a URL; "": none are kept.
+    c.train.compile_cache = "compile_cache"
+    c.train.peak_flops = 0.0  # FLOP/s of one device, for the MFU; 0: of nuwa_jax/watching/mfu.py
+    c.train.profile_steps = (0, 0)  # first step and number of steps to trace, from 0 in a process
+    c.train.slow_hosts_every = 10  # logged lines between comparisons of hosts; 0: never
+    c.train.slow_host_ratio = 1.25  # of the median step: slower hosts are named
+    c.train.watchdog_seconds = 0.0  # a step may take; 0: 10 times the median, at least 5 minutes
+    c.train.watchdog_abort = False  # end with exit code 124 when a step takes longer
     return c
 
 

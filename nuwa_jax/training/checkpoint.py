@@ -44,6 +44,14 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep",
     "train.sample_every",
+    "train.compile_cache",
+    "train.non_finite",
+    "train.peak_flops",
+    "train.profile_steps",
+    "train.slow_host_ratio",
+    "train.slow_hosts_every",
+    "train.watchdog_abort",
+    "train.watchdog_seconds",
 )
 
 

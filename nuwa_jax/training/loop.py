@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from nuwa_jax.data.config import DataConfig
 from nuwa_jax.data.device import to_device
@@ -25,7 +23,13 @@ from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.video_ldm import VideoLDM
-from nuwa_jax.parallel.mesh import MeshConfig, batch_arithmetic, batch_sharding, make_mesh
+from nuwa_jax.parallel.mesh import (
+    MeshConfig,
+    batch_arithmetic,
+    batch_sharding,
+    make_mesh,
+    replicated,
+)
 from nuwa_jax.parallel.sharding import check_replicated, place, report
 from nuwa_jax.training.calibration import calibrate_latents
 from nuwa_jax.training.checkpoint import Meta, StageCheckpoints, check_same_run, plain_config
@@ -43,14 +47,13 @@ from nuwa_jax.training.progress import Progress
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
 from nuwa_jax.training.stopping import Stop, stop_requested
+from nuwa_jax.training.writers import MetricsFile
+from nuwa_jax.watching.non_finite import NonFinite
+from nuwa_jax.watching.watch import RunWatch
 
 # Steps given to the device before the host waits for one. It bounds how late a metric is read, and
 # so how far training runs on after something went wrong.
 RUN_AHEAD = 2
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
 # (averaged params, stage) -> clips that show what the model can do by now.
@@ -89,13 +92,14 @@ def train(
     Raises:
       UserError: the config makes no sense, is not that of the checkpoints in `workdir`, or
         `initial` does not fit the model.
-      NonFiniteError: more than `config.train.max_skipped` steps in a row were not finite.
+      nuwa_jax.watching.non_finite.NonFiniteError: a step was not finite, or too many in a row,
+        as `config.train.non_finite` says.
     """
     workdir = Path(workdir)
     stages = stages_from_config(config)
     _check(config, stages)
     run = _Run(config, workdir, stages, sample_fn, initial)
-    with stop_requested() as stop:
+    with stop_requested() as stop, run.watch:
         params, before = None, None
         for stage in stages:
             with StageCheckpoints(workdir, stage.label, config.train.keep) as checkpoints:
@@ -139,6 +143,7 @@ class _Run:
         tokenizer_of(config)  # or captions would be read as another encoder's tokens
         self.plain = plain_config(config)
         self.main = jax.process_index() == 0
+        self.watch = RunWatch(config.train, workdir, self._say, write=self.main)
         # Checked once, before the first stage that runs: what it starts from is whole on this host,
         # which placed parameters need not be, and no stage that takes latents trains an encoder.
         self.encoders_checked = False
@@ -169,6 +174,8 @@ class _Run:
         """
         position = before.position if before else 0
         last = meta or before
+        begin = last and (last.index, last.step)
+        watch = self.watch.stage(stage.name, stage.label, self.mesh, begin)
         config, train = self.config, self.config.train
         sizes = dict(self.mesh.shape)
         state = place(init_state(params, stage, make_optimizer(train)), self.mesh)
@@ -180,7 +187,8 @@ class _Run:
                 text = json.dumps(self.plain, indent=2) + "\n"
                 (self.workdir / "config.json").write_text(text)
         else:
-            state = checkpoints.restore(meta.step, state, stage)
+            with watch.phase("checkpoint"):
+                state = checkpoints.restore(meta.step, state, stage)
             self._say(f"{stage.name}: going on at step {meta.step} of {stage.steps}")
         if meta.step == 0:
             self._say(f"{stage.name}: {_count(state.params)} of {_count(params)} parameters train")
@@ -195,6 +203,7 @@ class _Run:
             first_step=meta.step,
             elapsed=meta.elapsed,
             window=meta.window,
+            watch=watch,
             write=self.main,
         )
         batches = self._batches(stage, meta.position, position)
@@ -212,51 +221,69 @@ class _Run:
             check_encoders(params, batches.encoders)
             self.encoders_checked = True
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
-        in_flight: deque[tuple[int, dict[str, Array]]] = deque()
+        bad_steps = MetricsFile(self.workdir / "non_finite.jsonl")
+        if self.main:
+            earlier = [each.name for each in self.stages if each.index < stage.index]
+            bad_steps.cut(earlier, stage.name, meta.step)
+        non_finite = NonFinite(
+            stage.name,
+            policy=train.non_finite,
+            max_skipped=train.max_skipped,
+            batch_size=stage.batch_size,
+            names=batches.names,
+            write=bad_steps.write if self.main else lambda row: None,
+        )
+        # Steps on the device: number, position of the batch in the data, learning rate, metrics.
+        in_flight: deque[tuple[int, int, float, dict[str, Array]]] = deque()
 
         def finish_steps(ahead: int) -> None:
             """Reads metrics until at most `ahead` steps are under way."""
             while len(in_flight) > ahead:
-                at, metrics = in_flight.popleft()
-                metrics = jax.device_get(metrics)
-                progress.step(at, metrics)
-                if metrics["skipped"] > train.max_skipped:
-                    raise NonFiniteError(
-                        f"stage {stage.name}: {int(metrics['skipped'])} steps in a row up to step "
-                        f"{at} had a loss or gradient that is not finite and were left out: lower "
-                        "the learning rate or look at the data"
-                    )
+                at, first, rate, metrics = in_flight.popleft()
+                metrics = watch.fetch(metrics) | {"learning_rate": rate}
+                watch.finished(at)
+                told = non_finite.look(at, first, metrics, meta.step or None)
+                if told:
+                    self._say(told)
+                if progress.step(at, metrics):
+                    watch.logged(at)
 
-        with closing(progress), closing(batches):
+        with closing(progress), closing(batches), watch.loop():
             step, saved = meta.step, True
             elapsed, share = meta.elapsed, _share(stage, meta.step, meta.elapsed)
             while share < 1 and stop.signal is None:
-                start = time.monotonic()
-                batch = next(batches)
-                progress.waited(time.monotonic() - start)
+                with watch.waiting(in_flight[-1][-1] if in_flight else None):
+                    batch = next(batches)
                 rate = learning_rate(stage, train, step, share)
-                state, metrics = step_fn(state, batch, jnp.float32(rate), jnp.float32(share))
+                state, metrics = watch.call(
+                    step_fn, step, state, batch, *self._on_devices(rate, share)
+                )
+                first = batches.next_index - stage.batch_size
                 step, saved = step + 1, False
-                in_flight.append((step, metrics | {"learning_rate": jnp.float32(rate)}))
+                in_flight.append((step, first, rate, metrics))
                 finish_steps(RUN_AHEAD)
                 # Read once: a checkpoint that is not the stage's last must not seem so later.
                 elapsed = progress.elapsed
                 share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
-                    self._sample(state, stage, step, progress)
+                    with watch.phase("evaluation"):
+                        self._sample(state, stage, step, progress)
                 due = step % train.checkpoint_every == 0 or stop.signal is not None
                 saved = due and share < 1
                 if saved:
                     finish_steps(0)
                     meta = self._meta(meta, step, batches.next_index, elapsed, progress.window)
-                    checkpoints.save(state, meta)
+                    with watch.saving((stage.index, step)):
+                        checkpoints.save(state, meta)
             finish_steps(0)
             if not saved:
                 if share >= 1 and stage.objective == "reconstruct":
-                    state = self._calibrate(state, stage)
+                    with watch.phase("evaluation"):
+                        state = self._calibrate(state, stage)
                 meta = self._meta(meta, step, batches.next_index, elapsed, progress.window)
                 meta = dataclasses.replace(meta, done=share >= 1)
-                checkpoints.save(state, meta)
+                with watch.saving((stage.index, step)):
+                    checkpoints.save(state, meta)
         return meta, state.all_ema()
 
     def _batches(self, stage: Stage, position: int, stage_start: int) -> Batches:
@@ -273,6 +300,14 @@ class _Run:
             with_picture=bool(model.image_encoder or model.augmentation),
             transfer=functools.partial(to_device, sharding=batch_sharding(self.mesh)),
         )
+
+    def _on_devices(self, *values: float) -> list[Float[Array, ""]]:
+        """Numbers that are the same on every host, on all devices; hosts exchange nothing."""
+        everywhere = replicated(self.mesh)
+        return [
+            jax.make_array_from_process_local_data(everywhere, np.float32(value), ())
+            for value in values
+        ]
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
         """Gives latents zero mean and unit deviation per channel, over the data's first batches."""
