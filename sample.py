@@ -39,6 +39,9 @@ DTYPE = flags.DEFINE_enum(
 PARAM_DTYPE = flags.DEFINE_enum(
     "param_dtype", "float32", ["float32", "bfloat16"], "Of the weights in memory."
 )
+COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache", "", "Folder or URL that keeps compiled programs for the next time."
+)
 GUIDANCE = {
     name: flags.DEFINE_float(f"{name}_guidance", None, f"Guidance scale of the {name}.")
     for name in ("text", "image", "drag")
@@ -54,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
 
     from nuwa_jax.generation.animate import DragNuwaTracks, animate
     from nuwa_jax.generation.generator import Generator
+    from nuwa_jax.watching.compile_cache import use_compile_cache
 
+    use_compile_cache(COMPILE_CACHE.value)
     generator = Generator.load(CHECKPOINT.value, param_dtype=PARAM_DTYPE.value, dtype=DTYPE.value)
     scales = {name: flag.value for name, flag in GUIDANCE.items() if flag.value is not None}
     drags = DRAGS.value or DragNuwaTracks(DEMO_TRACKS.value, tuple(DEMO_DEFECTS.value))

@@ -58,7 +58,9 @@ def main(argv: Sequence[str]) -> None:
         from nuwa_jax.generation.weights import load_model
         from nuwa_jax.training.loop import train
         from nuwa_jax.training.stopping import exit_after
+        from nuwa_jax.watching.compile_cache import use_compile_cache
 
+        use_compile_cache(config.train.compile_cache, below=WORKDIR.value)
         sample_fn = StageSamples(config) if config.train.sample_every else None
         initial = None
         if config.train.init_from:

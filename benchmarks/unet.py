@@ -18,8 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,22 @@ import numpy as np
 from absl import flags
 from einops import rearrange
 
+from benchmarks.beside import (
+    CONTEXT,
+    IDS,
+    VECTOR,
+    Run,
+    check_same,
+    diffusers_unet,
+    limit_threads,
+    random_params,
+    relative_l2,
+    timed,
+)
 from nuwa_jax.convert.rules import to_state, unet_rows
 from nuwa_jax.errors import UserError, run_main
 from nuwa_jax.models.layers import sinusoids
-from nuwa_jax.models.unet import RES_EPS, UNet, UNetConfig
-
-CONTEXT, VECTOR = 1024, 256  # channels of the context, of the embedding of one number
+from nuwa_jax.models.unet import UNet, UNetConfig
 
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of either side.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs of timed runs.", lower_bound=1)
@@ -48,8 +57,6 @@ _PEAK = flags.DEFINE_enum(
 )
 _BACKWARD = flags.DEFINE_bool("backward", False, "With --peak: forward and backward.")
 
-Run = Callable[[], Any]
-
 
 def main(argv: Sequence[str]) -> None:
     del argv
@@ -58,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
             f"--channels must be divisible by 64, --height and --width by 8, got "
             f"{_CHANNELS.value}, {_HEIGHT.value} and {_WIDTH.value}: change them"
         )
-    _limit_threads(_THREADS.value)
+    limit_threads(_THREADS.value)
     if _PEAK.value:
         return _print_peak(_PEAK.value, backward=_BACKWARD.value)
     with tempfile.TemporaryDirectory() as cache:
@@ -68,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _compare() -> None:
-    params = _random_params()
+    params = random_params(_config(), _inputs()["x"].shape)
     theirs, modules = _theirs(params)
     ours = _ours(params)
     print(
@@ -76,17 +83,17 @@ def _compare() -> None:
         f"{sum(p.size for p in jax.tree.leaves(params)) / 1e6:.0f} M parameters, float32, "
         f"threads: {_THREADS.value}"
     )
-    difference = _relative_l2(ours["forward"](), theirs["forward"]())
-    _check("outputs", difference, 1e-5)
+    difference = relative_l2(ours["forward"](), theirs["forward"]())
+    check_same("outputs", difference, 1e-5)
     gradients = to_state(ours["forward+backward"](), unet_rows(_config()), "hf")
     theirs["forward+backward"]()
     differences = [
-        _relative_l2(gradients[name], p.grad.numpy()) for name, p in modules.named_parameters()
+        relative_l2(gradients[name], p.grad.numpy()) for name, p in modules.named_parameters()
     ]
-    _check("gradients (median of all arrays)", statistics.median(differences), 1e-4)
+    check_same("gradients (median of all arrays)", statistics.median(differences), 1e-4)
     del gradients
     for name in ours:
-        times = [(_time(ours[name]), _time(theirs[name])) for _ in range(_REPEATS.value)]
+        times = [(timed(ours[name]), timed(theirs[name])) for _ in range(_REPEATS.value)]
         for clock, label in enumerate(("wall", "CPU")):
             a, b = ([pair[side][clock] for pair in times] for side in range(2))
             ratios = sorted(x / y for x, y in zip(a, b, strict=True))
@@ -121,7 +128,7 @@ def _print_peak(side: str, *, backward: bool) -> None:
     """Peak resident memory, and how much of it was not there before the run; in MB, as JSON."""
     _use_cache(_CACHE.value)
     name = "forward+backward" if backward else "forward"
-    params = _random_params()
+    params = random_params(_config(), _inputs()["x"].shape)
     runs = _ours(params, only=name) if side == "ours" else _theirs(params)[0]
     del params
     # The peak is counted from here: compiling may have taken more.
@@ -159,35 +166,9 @@ def _ours(params: dict, only: str | None = None) -> dict[str, Run]:
 
 
 def _theirs(params: dict) -> tuple[dict[str, Run], Any]:
-    try:
-        import torch
-        from diffusers import UNetSpatioTemporalConditionModel
-        from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed, and this benchmark compares with it: "
-            "pip install -e '.[torch]'"
-        ) from error
-    torch.set_num_threads(_THREADS.value)
-    config = _config()
-    widths = tuple(config.channels(level) for level in range(len(config.channel_mult)))
-    model = UNetSpatioTemporalConditionModel(
-        block_out_channels=widths,
-        num_attention_heads=tuple(width // config.head_channels for width in widths),
-        cross_attention_dim=CONTEXT,
-        addition_time_embed_dim=VECTOR,
-        projection_class_embeddings_input_dim=3 * VECTOR,
-        num_frames=_FRAMES.value,
-    ).eval()
-    for module in model.modules():
-        # 1e-6 in their blocks with attention: not what the weights were trained with.
-        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
-            module.norm1.eps = module.norm2.eps = RES_EPS
-    state = to_state(params, unet_rows(config), "hf")
-    model.load_state_dict(
-        {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in state.items()}, assign=True
-    )
-    del state
+    model = diffusers_unet(_config(), params, frames=_FRAMES.value, threads=_THREADS.value)
+    import torch
+
     inputs = _inputs()
     arguments = [
         torch.from_numpy(np.ascontiguousarray(a))
@@ -219,52 +200,8 @@ def _inputs() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     x = rng.normal(size=(1, _FRAMES.value, _HEIGHT.value, _WIDTH.value, 8))
     context = rng.normal(size=(1, 1, CONTEXT))
-    inputs = {"x": x, "c_noise": [0.3], "context": context, "ids": [[6.0, 127.0, 0.02]]}
+    inputs = {"x": x, "c_noise": [0.3], "context": context, "ids": [IDS]}
     return {name: np.asarray(value, np.float32) for name, value in inputs.items()}
-
-
-def _random_params() -> dict:
-    """Weights about as large as trained ones; with fresh ones most blocks would add nothing."""
-    inputs = _inputs()
-    vector = np.zeros((1, 3 * VECTOR), np.float32)
-    arguments = (inputs["x"], inputs["c_noise"], inputs["context"], vector)
-    shapes = jax.eval_shape(UNet(_config()).init, jax.random.key(0), *arguments)["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
-        value = rng.standard_normal(leaf.shape, np.float32) / np.float32(fan_in**0.5)
-        return value if len(leaf.shape) > 1 else np.float32(1) + np.float32(0.1) * value
-
-    return jax.tree.map(draw, shapes)
-
-
-def _time(run: Run) -> tuple[float, float]:
-    """Seconds by the clock and of CPU time."""
-    start = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def _relative_l2(ours: Any, theirs: Any) -> float:
-    ours, theirs = (np.asarray(a, np.float64) for a in (ours, theirs))
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
-def _check(what: str, difference: float, bound: float) -> None:
-    print(f"{what}: relative L2 difference {difference:.1e}, at most {bound:.0e}", flush=True)
-    if not difference <= bound:
-        raise UserError(f"the two networks' {what} differ: what was timed is not the same network")
-
-
-def _limit_threads(threads: int) -> None:
-    """XLA makes as many threads as the process may use cores when its backend starts."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError("threads are limited through the CPU affinity: this benchmark needs Linux")
-    cores = sorted(os.sched_getaffinity(0))
-    if threads > len(cores):
-        raise UserError(f"--threads={threads}, but there are {len(cores)} cores: give fewer")
-    os.sched_setaffinity(0, cores[:threads])
 
 
 def _use_cache(folder: str | None) -> None:

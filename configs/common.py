@@ -123,6 +123,9 @@ def base() -> ConfigDict:
     c.train.accumulate = 1
     # In which gradients are summed over devices; bfloat16 halves what is sent, and rounds.
     c.train.reduce_dtype = "float32"
+    # A step whose loss or gradient is not finite changes nothing: "skip" counts it, and ends the
+    # run after max_skipped in a row; "stop" ends it at once.
+    c.train.non_finite = "skip"
     c.train.max_skipped = 10
     c.train.allow_changed_batch_size = False  # of a run that goes on
     c.train.use_previous_checkpoint = False  # where the newest is damaged, which deletes it
@@ -130,6 +133,14 @@ def base() -> ConfigDict:
     c.train.decay, c.train.decay_share = "linear", 0.2
     c.train.l1_weight, c.train.mse_weight, c.train.kl_weight = 1.0, 1.0, 1e-6
     c.train.calibration_batches = 8
+    # Kept compiled programs: a folder, relative to the workdir, or a URL; "": none are kept.
+    c.train.compile_cache = "compile_cache"
+    c.train.peak_flops = 0.0  # FLOP/s of one device, for the MFU; 0: of nuwa_jax/watching/mfu.py
+    c.train.profile_steps = (0, 0)  # first step and number of steps to trace, from 0 in a process
+    c.train.slow_hosts_every = 10  # logged lines between comparisons of hosts; 0: never
+    c.train.slow_host_ratio = 1.25  # of the median step: slower hosts are named
+    c.train.watchdog_seconds = 0.0  # a step may take; 0: 10 times the median, at least 5 minutes
+    c.train.watchdog_abort = False  # end with exit code 124 when a step takes longer
     return c
 
 

@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "data": {"errors", "motion"},
     "models": {"errors"},
     "diffusion": set(),
+    "watching": {"errors"},
     "parallel": {"errors", "models"},
-    "training": {"errors", "motion", "data", "models", "diffusion", "parallel"},
+    "training": {"errors", "motion", "data", "models", "diffusion", "parallel", "watching"},
     "generation": {
         *("errors", "motion", "data", "models", "diffusion", "parallel", "training"),
         "tensor_files",

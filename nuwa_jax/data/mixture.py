@@ -86,6 +86,9 @@ class _Source(Protocol):
     def fault(self, index: int) -> str:
         """Why record `index` cannot be read."""
 
+    def name(self, number: int) -> str:
+        """What clip `number` of the endless stream was made from."""
+
 
 class Mixture:
     """Clips of all sources of a config, in an order that depends on the seed alone.
@@ -131,6 +134,11 @@ class Mixture:
     def fault(self, damaged: Damaged) -> str:
         """Which record that is, and why it cannot be read."""
         return self._sources[damaged.source].fault(damaged.index)
+
+    def name(self, index: int) -> str:
+        """What clip `index` was made from."""
+        number, within = place(index, self._shares)
+        return self._sources[number].name(within)
 
 
 def shares(weights: Sequence[float]) -> tuple[Fraction, ...]:
@@ -182,6 +190,9 @@ class _Scenes:
     def fault(self, index: int) -> str:
         raise AssertionError(f"scenes have no record {index}")
 
+    def name(self, number: int) -> str:
+        return f"scene {number}"
+
 
 class _Records:
     """The records of a prepared folder, in another order every epoch."""
@@ -225,6 +236,14 @@ class _Records:
         except (RecordError, VideoError) as error:
             return f"record {index} of {self._path}: {error}"
         return f"record {index} of {self._path}: it can be read now"
+
+    def name(self, number: int) -> str:
+        index = int(self._order[number])
+        try:
+            source = self._reader.read(index).source_id
+        except RecordError:
+            source = "cannot be read, the next one was taken"
+        return f"record {index} of {self._path} ({source})"
 
     def _read(self, index: int, where: float) -> Clip:
         """A window of the record, which begins at `where` of its possible places, in [0, 1)."""

@@ -132,6 +132,10 @@ class Batches(Iterator[Batch]):
                 f"again. {'; '.join(faults)}{f'; and {more} more' if more else ''}"
             )
 
+    def names(self, first: int, count: int) -> list[str]:
+        """What so many elements of the stream, from `first` on, were made from."""
+        return [self._elements.name(index) for index in range(first, first + count)]
+
     def close(self) -> None:
         """Stops the threads and the workers."""
         self._batches.close()
@@ -253,6 +257,10 @@ class _Elements:
     def fault(self, damaged: Damaged) -> str:
         """Which record that is, and why it cannot be read."""
         return self._mixture.fault(damaged)
+
+    def name(self, index: int) -> str:
+        """What element `index` was made from."""
+        return self._mixture.name(index)
 
     def _element(self, index: int) -> _Made:
         """Element `index` of the stream: a batch without its first axis."""

@@ -122,7 +122,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Makes `mesh` the one that the models' sharding constraints speak of."""
+    """Makes `mesh` the one that the models' sharding constraints speak of, if it is not already.
+
+    A function that does so can then be traced, within this, by another transformation.
+    """
+    if jax.sharding.get_abstract_mesh() == mesh.abstract_mesh:
+        yield mesh
+        return
     with jax.set_mesh(mesh):
         yield mesh
 

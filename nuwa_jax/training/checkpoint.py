@@ -58,7 +58,15 @@ FREE_KEYS = (
     "train.keep_every",
     "train.sample_every",
     "train.allow_changed_batch_size",
+    "train.compile_cache",
+    "train.non_finite",
+    "train.peak_flops",
+    "train.profile_steps",
+    "train.slow_host_ratio",
+    "train.slow_hosts_every",
     "train.use_previous_checkpoint",
+    "train.watchdog_abort",
+    "train.watchdog_seconds",
 )
 # What `train.allow_changed_batch_size` lets a run change on its way.
 _BATCH_KEYS = re.compile(r"stages\.[^.]+\.batch_size|train\.accumulate")

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from os import PathLike
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from nuwa_jax.data.config import DataConfig
 from nuwa_jax.data.device import to_device
@@ -33,6 +31,7 @@ from nuwa_jax.parallel.mesh import (
     local_rows,
     make_mesh,
     reading_hosts,
+    replicated,
 )
 from nuwa_jax.parallel.sharding import check_replicated, place, report
 from nuwa_jax.training.calibration import calibrate_latents
@@ -59,14 +58,13 @@ from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
 from nuwa_jax.training.stopping import Stop, Stopped, stop_requested
 from nuwa_jax.training.workdir import Workdir
+from nuwa_jax.training.writers import MetricsFile
+from nuwa_jax.watching.non_finite import NonFinite
+from nuwa_jax.watching.watch import RunWatch
 
 # Steps given to the device before the host waits for one. It bounds how late a metric is read, and
 # so how far training runs on after something went wrong.
 RUN_AHEAD = 2
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
 # (averaged params, stage) -> clips that show what the model can do by now.
@@ -106,37 +104,16 @@ def train(
     Raises:
       UserError: the config makes no sense, is not that of the checkpoints in `workdir`, or
         `initial` does not fit the model.
-      NonFiniteError: more than `config.train.max_skipped` steps in a row were not finite.
+      nuwa_jax.watching.non_finite.NonFiniteError: a step was not finite, or too many in a row,
+        as `config.train.non_finite` says.
     """
     stages = stages_from_config(config)
     _check(config, stages)
     check_same_program(plain_config(config), workdir)
     with stop_requested() as stop, closing(Workdir(workdir)) as workdir:
         run = _Run(config, workdir, stages, sample_fn, initial)
-        params, before = None, None
-        for stage in stages:
-            with run.checkpoints(stage) as checkpoints:
-                meta = checkpoints.last(config.train.use_previous_checkpoint)
-                if meta is not None:
-                    check_same_run(config, meta, workdir)
-                if meta is None or not meta.done:
-                    try:
-                        if params is None:
-                            params = stop.call(run.params_before, stage)
-                            for coming in stages[stage.index :]:
-                                partition_for(coming, params)  # now rather than hours from now
-                        meta, params = run.run_stage(stage, checkpoints, meta, params, before, stop)
-                    except Stopped:  # before anything was trained that is not in a checkpoint
-                        if jax.process_count() > 1:  # the others may not have had the signal
-                            raise UserError(
-                                f"signal {stop.signal} came before stage {stage.name} went on, so "
-                                "nothing is lost: start the job again to go on"
-                            ) from None
-                        return Result(stage.name, meta.step if meta else 0, stop.signal)
-                if not meta.done:
-                    return Result(stage.name, meta.step, run.signal)
-                before = meta
-    return Result(stage.name, meta.step, None)
+        with run.watch:
+            return run.run_stages(stop)
 
 
 class _Run:
@@ -164,10 +141,41 @@ class _Run:
         self.plain = plain_config(config)
         self.origin = origin(sizes)
         self.main = jax.process_index() == 0
+        self.watch = RunWatch(config.train, workdir.local, self._say, write=self.main)
         # Checked once, before the first stage that runs: what it starts from is whole on this host,
         # which placed parameters need not be, and no stage that takes latents trains an encoder.
         self.encoders_checked = False
         self.signal: int | None = None  # by which all processes stop
+
+    def run_stages(self, stop: Stop) -> Result:
+        """Trains what is left of the curriculum."""
+        config = self.config
+        params, before = None, None
+        for stage in self.stages:
+            with self.checkpoints(stage) as checkpoints:
+                meta = checkpoints.last(config.train.use_previous_checkpoint)
+                if meta is not None:
+                    check_same_run(config, meta, self.workdir)
+                if meta is None or not meta.done:
+                    try:
+                        if params is None:
+                            params = stop.call(self.params_before, stage)
+                            for coming in self.stages[stage.index :]:
+                                partition_for(coming, params)  # now rather than hours from now
+                        meta, params = self.run_stage(
+                            stage, checkpoints, meta, params, before, stop
+                        )
+                    except Stopped:  # before anything was trained that is not in a checkpoint
+                        if jax.process_count() > 1:  # the others may not have had the signal
+                            raise UserError(
+                                f"signal {stop.signal} came before stage {stage.name} went on, so "
+                                "nothing is lost: start the job again to go on"
+                            ) from None
+                        return Result(stage.name, meta.step if meta else 0, stop.signal)
+                if not meta.done:
+                    return Result(stage.name, meta.step, self.signal)
+                before = meta
+        return Result(stage.name, meta.step, None)
 
     def params_before(self, stage: Stage) -> Params:
         """What a stage starts from: the averages of the one before it, or initial parameters.
@@ -219,6 +227,8 @@ class _Run:
         """
         position = before.position if before else 0
         last = meta or before
+        begin = last and (last.index, last.step)
+        watch = self.watch.stage(stage.name, stage.label, self.mesh, begin)
         config, train = self.config, self.config.train
         sizes = dict(self.mesh.shape)
         # Placed twice: made from parameters that are split, the whole state never lies on a device.
@@ -232,7 +242,8 @@ class _Run:
                 text = json.dumps(self.plain, indent=2) + "\n"
                 (self.workdir.local / "config.json").write_text(text)
         else:
-            state = stop.call(checkpoints.restore, meta.step, state, stage)
+            with watch.phase("checkpoint"):
+                state = stop.call(checkpoints.restore, meta.step, state, stage)
             self._say(f"{stage.name}: going on at step {meta.step} of {stage.steps}")
         if meta.step == 0:
             self._say(f"{stage.name}: {_count(state.params)} of {_count(params)} parameters train")
@@ -247,6 +258,7 @@ class _Run:
             first_step=meta.step,
             elapsed=meta.elapsed,
             window=meta.window,
+            watch=watch,
             write=self.main,
         )
         # Where schedules would be if all batches had had this one's size.
@@ -272,56 +284,73 @@ class _Run:
             "copy the same clips to all hosts",
         )
         agreement = Agreement(meta.elapsed, stop.signal)
-        in_flight: deque[tuple[int, dict[str, Array]]] = deque()
+        bad_steps = MetricsFile(self.workdir.local / "non_finite.jsonl")
+        if self.main:
+            earlier = [each.name for each in self.stages if each.index < stage.index]
+            bad_steps.cut(earlier, stage.name, meta.step)
+        non_finite = NonFinite(
+            stage.name,
+            policy=train.non_finite,
+            max_skipped=train.max_skipped,
+            batch_size=stage.batch_size,
+            names=batches.names,
+            write=bad_steps.write if self.main else lambda row: None,
+        )
+        # Steps on the device: number, position of the batch in the data, learning rate, metrics.
+        in_flight: deque[tuple[int, int, float, dict[str, Array]]] = deque()
 
         def finish_steps(ahead: int) -> None:
             """Reads metrics until at most `ahead` steps are under way."""
             while len(in_flight) > ahead:
-                at, metrics = in_flight.popleft()
-                metrics = agreement.take(jax.device_get(metrics))
-                progress.step(at, metrics)
-                if metrics["skipped"] > train.max_skipped:
-                    raise NonFiniteError(
-                        f"stage {stage.name}: {int(metrics['skipped'])} steps in a row up to step "
-                        f"{at} had a loss or gradient that is not finite and were left out: lower "
-                        "the learning rate or look at the data"
-                    )
+                at, first, rate, metrics = in_flight.popleft()
+                metrics = agreement.take(watch.fetch(metrics)) | {"learning_rate": rate}
+                watch.finished(at)
+                told = non_finite.look(at, first, metrics, meta.step or None)
+                if told:
+                    self._say(told)
+                if progress.step(at, metrics):
+                    watch.logged(at)
 
-        with closing(progress), closing(batches):
-            step, saved, trained = meta.step, True, False
+        with closing(progress), closing(batches), watch.loop():
+            step, saved = meta.step, True
+            # The first step compiles: nothing is lost then that is not in a checkpoint.
+            call = functools.partial(stop.call, watch.call)
             self.signal, elapsed = agreement.settled(stop.signal, meta.elapsed)
             share = _share(stage, meta.step, elapsed)
             while share < 1 and self.signal is None:
-                start = time.monotonic()
-                batch = next(batches)
-                progress.waited(time.monotonic() - start)
+                with watch.waiting(in_flight[-1][-1] if in_flight else None):
+                    batch = next(batches)
                 rate = learning_rate(stage, train, step, share)
-                inputs = (state, batch, jnp.float32(rate), jnp.float32(share))
-                # The first one compiles: nothing is lost that is not in a checkpoint.
-                state, metrics = step_fn(*inputs) if trained else stop.call(step_fn, *inputs)
-                step, saved, trained = step + 1, False, True
+                state, metrics = call(step_fn, step, state, batch, *self._on_devices(rate, share))
+                call = watch.call
+                first = batches.next_index - stage.batch_size
+                step, saved = step + 1, False
                 votes = agreement.cast(stop.signal, progress.elapsed)
-                in_flight.append((step, metrics | votes | {"learning_rate": jnp.float32(rate)}))
+                in_flight.append((step, first, rate, metrics | votes))
                 finish_steps(RUN_AHEAD)
                 checkpoints.check()
                 # Read once: a checkpoint that is not the stage's last must not seem so later.
                 self.signal, elapsed = agreement.settled(stop.signal, progress.elapsed)
                 share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
-                    self._sample(state, stage, step, progress, stop)
+                    with watch.phase("evaluation"):
+                        self._sample(state, stage, step, progress, stop)
                 due = step % train.checkpoint_every == 0 or self.signal is not None
                 saved = due and share < 1
                 if saved:
                     finish_steps(0)
                     meta = self._meta(meta, step, batches.next_index, elapsed, progress.window)
-                    checkpoints.save(state, meta)
+                    with watch.saving((stage.index, step)):
+                        checkpoints.save(state, meta)
             finish_steps(0)
             if not saved:
                 if share >= 1 and stage.objective == "reconstruct":
-                    state = self._calibrate(state, stage)
+                    with watch.phase("evaluation"):
+                        state = self._calibrate(state, stage)
                 meta = self._meta(meta, step, batches.next_index, elapsed, progress.window)
                 meta = dataclasses.replace(meta, done=share >= 1)
-                checkpoints.save(state, meta)
+                with watch.saving((stage.index, step)):
+                    checkpoints.save(state, meta)
         return meta, state.all_ema()
 
     def _batches(self, stage: Stage, position: int, stage_start: int) -> Batches:
@@ -337,6 +366,14 @@ class _Run:
             with_picture=bool(model.image_encoder or model.augmentation),
             transfer=functools.partial(to_device, sharding=sharding, batch_size=stage.batch_size),
         )
+
+    def _on_devices(self, *values: float) -> list[Float[Array, ""]]:
+        """Numbers that are the same on every host, on all devices; hosts exchange nothing."""
+        everywhere = replicated(self.mesh)
+        return [
+            jax.make_array_from_process_local_data(everywhere, np.float32(value), ())
+            for value in values
+        ]
 
     def _calibrate(self, state: TrainState, stage: Stage) -> TrainState:
         """Gives latents zero mean and unit deviation per channel, over the data's first batches."""

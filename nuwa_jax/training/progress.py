@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from nuwa_jax.training.curriculum import Stage
-from nuwa_jax.training.writers import MetricsFile, TensorBoard, duration
+from nuwa_jax.training.writers import MetricsFile, TensorBoard
+from nuwa_jax.watching.watch import Interval, StageWatch
+from nuwa_jax.watching.words import duration
 
 
 class Progress:
@@ -30,6 +32,7 @@ class Progress:
         first_step: int,
         elapsed: float,
         window: Sequence[float],
+        watch: StageWatch,
         write: bool = True,
     ) -> None:
         """Starts reporting at `first_step`.
@@ -42,6 +45,7 @@ class Progress:
           first_step: steps of the stage that are done already.
           elapsed: seconds that the stage has trained before.
           window: losses since the last line, from the checkpoint.
+          watch: knows where the time goes.
           write: whether this process is the one that writes.
         """
         self.window = list(window)
@@ -49,7 +53,7 @@ class Progress:
         self._later = [s for s in stages if s.index > stage.index]
         self._before, self._start = elapsed, None
         self._mark: tuple[int, float] | None = None  # step and time of the last line
-        self._waited = 0.0
+        self._watch = watch
         if write:
             workdir = Path(workdir)
             self._metrics = MetricsFile(workdir / "metrics.jsonl")
@@ -62,26 +66,28 @@ class Progress:
         """Seconds that the stage has trained, over all restarts."""
         return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
 
-    def waited(self, seconds: float) -> None:
-        """Counts time in which the loop had no batch."""
-        self._waited += seconds
+    def step(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Takes the metrics of a finished step; on every `log_every`-th, reports.
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a finished step; on every `log_every`-th, reports."""
+        Returns:
+          Whether it was such a step; the same on all processes.
+        """
         if np.isfinite(metrics["loss"]):
             self.window.append(float(metrics["loss"]))
         now = time.monotonic()
         if self._mark is None:
-            self._mark, self._waited, self._start = (step, now), 0.0, now
+            self._mark, self._start = (step, now), now
+            self._watch.mark()
         if step % self._log_every and step != self._stage.steps:
-            return
+            return False
         steps, seconds = step - self._mark[0], now - self._mark[1]
         rate = steps / seconds if steps and seconds > 0 else float("nan")
-        wait = self._waited / seconds if seconds > 0 else 0.0
         loss = float(np.mean(self.window)) if self.window else float("nan")
-        self.window, self._mark, self._waited = [], (step, now), 0.0
+        self.window, self._mark = [], (step, now)
+        interval = self._watch.interval(steps)
         if self._write:
-            self._report(step, loss, rate, wait, metrics)
+            self._report(step, loss, rate, interval, metrics)
+        return True
 
     def video(self, tag: str, video: UInt8[np.ndarray, "b t h w 3"], fps: float, step: int) -> None:
         """Shows clips on TensorBoard."""
@@ -94,12 +100,18 @@ class Progress:
             self._board.close()
 
     def _report(
-        self, step: int, loss: float, rate: float, wait: float, metrics: Mapping[str, float]
+        self, step: int, loss: float, rate: float, interval: Interval, metrics: Mapping[str, float]
     ) -> None:
         stage = self._stage
         extra = {k: float(v) for k, v in metrics.items() if k not in ("loss", "skipped")}
         extra["skipped"] = int(metrics["skipped"])
-        pace = {"steps_per_second": rate, "data_wait": wait}
+        pace = {
+            "steps_per_second": rate,
+            "data_wait": interval.data_wait,
+            "goodput": interval.goodput,
+        }
+        if interval.mfu is not None:
+            pace["mfu"] = interval.mfu
         row = {"stage": stage.name, "step": step, "loss": loss, **extra, **pace}
         self._metrics.write(row | {"elapsed": self.elapsed})
         scalars = {"loss": loss, **extra, **pace}
@@ -116,10 +128,11 @@ class Progress:
             else "time left not known yet"
         )
         speed = f"{rate:.3g} steps/s" if np.isfinite(rate) else "compiled"
+        mfu = "" if interval.mfu is None else f" | MFU {interval.mfu:.1%}"
         skipped = f" | {extra['skipped']} steps skipped" if extra["skipped"] else ""
         print(
             f"{stage.name} {step}/{stage.steps} | loss {loss:.4g} | {speed} | {times} | "
-            f"data wait {100 * wait:.0f}%{skipped}",
+            f"data wait {interval.data_wait:.0%}{mfu} | goodput {interval.goodput:.0%}{skipped}",
             flush=True,
         )
 

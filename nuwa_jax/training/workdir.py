@@ -19,7 +19,8 @@ from etils import epath
 from nuwa_jax.errors import UserError
 
 _BUCKETS = ("gs://", "s3://")  # what Orbax writes to
-_KEPT = ("metrics.jsonl",)  # files that a run which goes on adds to
+# Files that a run which goes on adds to.
+_KEPT = ("metrics.jsonl", "goodput.json", "non_finite.jsonl")
 
 
 class Workdir:

@@ -95,10 +95,3 @@ def gif_bytes(video: UInt8[np.ndarray, "t h w 3"], fps: float) -> bytes:
     out = io.BytesIO()
     first.save(out, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     return out.getvalue()
-
-
-def duration(seconds: float) -> str:
-    """12 -> 0:12, 3725 -> 1:02:05."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -21,10 +21,11 @@ from nuwa_jax.generation.stage_samples import StageSamples
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
 from nuwa_jax.training.checkpoint import load_final
 from nuwa_jax.training.curriculum import stages_from_config
-from nuwa_jax.training.loop import NonFiniteError, train
+from nuwa_jax.training.loop import train
 from nuwa_jax.training.optim import make_optimizer
 from nuwa_jax.training.state import init_state
 from nuwa_jax.training.step import make_train_step
+from nuwa_jax.watching.non_finite import NonFiniteError
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +256,8 @@ def test_schedules_begin_with_their_stage_also_where_a_run_goes_on(tmp_path, mon
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_step(tmp_path, monkeypatch):
     def draw(batches, _):
-        return (batch := next(batches))._replace(points=np.full_like(batch.points, np.nan))
+        batch = next(batches)
+        return batch._replace(points=jax.device_put(np.full(batch.points.shape, np.nan, "f4")))
 
     config = short_config("drag")
     config.train.max_skipped = 2
