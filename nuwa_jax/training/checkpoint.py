@@ -33,7 +33,7 @@ from nuwa_jax import __version__
 from nuwa_jax.errors import UserError
 from nuwa_jax.training.commit import source_commit
 from nuwa_jax.training.curriculum import Params, Stage, partition_for
-from nuwa_jax.training.manifest import find_damage, is_committed, write_manifest
+from nuwa_jax.training.manifest import committed_steps, find_damage, write_manifest
 from nuwa_jax.training.state import TrainState
 from nuwa_jax.training.workdir import checkpoint_root
 
@@ -180,7 +180,7 @@ class StageCheckpoints:
         Raises:
           DamagedCheckpoint: it is damaged or half-written.
         """
-        for step in self._steps():
+        for step in committed_steps(str(self._folder)):
             try:
                 meta = self.meta(step)
                 if not meta.done:
@@ -194,7 +194,7 @@ class StageCheckpoints:
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint."""
-        return next(iter(self._steps()), None)
+        return next(iter(committed_steps(str(self._folder))), None)
 
     def meta(self, step: int) -> Meta:
         """What the checkpoint of `step` says of itself.
@@ -215,14 +215,14 @@ class StageCheckpoints:
           DamagedCheckpoint: names what is damaged, and says what to do.
         """
         folder = self._folder / str(step)
-        fault = find_damage(folder, items, jax.process_index(), jax.process_count())
+        fault = find_damage(str(folder), items, jax.process_index(), jax.process_count())
         if jax.process_count() > 1:
             faults = multihost_utils.process_allgather(np.array(fault is not None))
             if fault is None and faults.any():
                 fault = f"host {int(np.argmax(faults))} found damage in it"
         if fault is None:
             return
-        before = [found for found in self._steps() if found < step]
+        before = [found for found in committed_steps(str(self._folder)) if found < step]
         previous = f"that of step {before[0]}" if before else "the start of the stage"
         raise DamagedCheckpoint(
             f"checkpoint {folder} is damaged: {fault}. Put it back from a copy, or let train.py "
@@ -305,25 +305,12 @@ class StageCheckpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _steps(self) -> list[int]:
-        """Steps of which there are checkpoints, newest first.
-
-        On a disk a folder without the mark of its commit was damaged later: while it is written it
-        has another name. In a bucket it may be one that a killed run was writing.
-        """
-        if not self._folder.exists():
-            return []
-        named = [path for path in self._folder.iterdir() if path.name.isdecimal()]
-        if "://" in str(self._folder):
-            named = [path for path in named if is_committed(path)]
-        return sorted((int(path.name) for path in named), reverse=True)
-
     def _describe(self) -> None:
         """On the first host, between a checkpoint's last file and its commit."""
         folder = self._folder / str(self._saving)
         if not folder.exists():  # as on disks, where it gets its name by the commit
             (folder,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_manifest(folder)
+        write_manifest(str(folder))
         if self._before_commit is not None:
             self._before_commit()
 

@@ -12,37 +12,48 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from etils import epath
+import fsspec
 
 NAME = "manifest.json"
 # Orbax writes these last: the time of the commit, and the mark that it was made.
 _METADATA, _MARK = "_CHECKPOINT_METADATA", "commit_success.txt"
+_PART = 1 << 23  # bytes read at once
 _THREADS = min(8, os.cpu_count() or 1)  # hashing and reading leave the interpreter to others
 
 
-def write_manifest(folder: epath.Path) -> None:
-    """Describes all files below `folder` in `folder/manifest.json`."""
-    names = sorted(
-        (root / file).relative_to(folder).as_posix()
-        for root, _, files in folder.walk()
-        for file in files
-    )
-    names = [name for name in names if name not in (NAME, _METADATA, _MARK)]
+def write_manifest(folder: str) -> None:
+    """Describes all files below a folder, on a disk or in a bucket, in its `manifest.json`."""
+    files, base, found = _list(folder)
+    names = sorted(set(found) - {NAME, _METADATA, _MARK})
     with ThreadPoolExecutor(_THREADS) as pool:
-        described = list(pool.map(lambda name: _describe(folder / name), names))
-    files = dict(zip(names, described, strict=True))
-    (folder / NAME).write_text(json.dumps({"version": 1, "files": files}, indent=0) + "\n")
+        digests = list(pool.map(lambda name: _digest(files, f"{base}/{name}"), names))
+    described = {
+        name: {"size": found[name], "sha256": digest}
+        for name, digest in zip(names, digests, strict=True)
+    }
+    text = json.dumps({"version": 1, "files": described}, indent=0) + "\n"
+    files.pipe_file(f"{base}/{NAME}", text.encode())
 
 
-def is_committed(folder: epath.Path) -> bool:
-    """Whether writing came to its end. In buckets folders appear before that."""
-    return (folder / _MARK).exists()
+def committed_steps(folder: str) -> list[int]:
+    """Names, which are numbers, of the checkpoints in a folder, newest first.
+
+    On a disk one that has no mark of its commit counts: while it is being written it has another
+    name, so it was damaged later. In a bucket it may be what a killed run was writing.
+    """
+    files, base = _open(folder)
+    if not files.isdir(base):
+        return []
+    names = [entry.rstrip("/").rpartition("/")[2] for entry in files.ls(base, detail=False)]
+    steps = [int(name) for name in names if name.isdecimal()]
+    if "://" in folder:
+        steps = [step for step in steps if files.exists(f"{base}/{step}/{_MARK}")]
+    return sorted(steps, reverse=True)
 
 
 def find_damage(
-    folder: epath.Path, items: Sequence[str] = (), shard: int = 0, num_shards: int = 1
+    folder: str, items: Sequence[str] = (), shard: int = 0, num_shards: int = 1
 ) -> str | None:
     """The first thing that is not as it was written, in words; None if all is.
 
@@ -52,37 +63,50 @@ def find_damage(
       shard: which part of the files to read; all hosts together read all.
       num_shards: hosts that share the work.
     """
-    if not is_committed(folder):
-        return f"it is half-written: {_MARK} is missing"
+    files, base, found = _list(folder)
+    missing = [name for name in (_MARK, _METADATA, NAME) if name not in found]
+    if missing:
+        return f"it is half-written: {missing[0]} is missing"
     try:
-        json.loads((folder / _METADATA).read_text())
-        files = json.loads((folder / NAME).read_text())["files"].items()
-        wanted = [(n, f) for n, f in files if not items or n.partition("/")[0] in items]
+        json.loads(files.cat_file(f"{base}/{_METADATA}"))
+        described = json.loads(files.cat_file(f"{base}/{NAME}"))["files"].items()
+        wanted = [(n, f) for n, f in described if not items or n.partition("/")[0] in items]
         wanted = sorted((name, (file["size"], file["sha256"])) for name, file in wanted)
-    except FileNotFoundError as error:
-        missing = os.path.basename(str(error.filename or NAME))
-        return f"it is half-written: {missing} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} or {_METADATA} cannot be read ({error})"
 
     def compare(file: tuple[str, tuple[int, str]]) -> str | None:
         name, (size, digest) = file
-        path = folder / name
-        if not path.exists():
+        if name not in found:
             return f"{name} is missing"
-        found = path.stat().length
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-        if _describe(path)["sha256"] != digest:
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes instead of {size}"
+        if _digest(files, f"{base}/{name}") != digest:
             return f"{name} has other contents than were written"
         return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(compare, wanted[shard::num_shards])
-        return next((fault for fault in found if fault), None)
+        faults = pool.map(compare, wanted[shard::num_shards])
+        return next((fault for fault in faults if fault), None)
 
 
-def _describe(path: epath.Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().length, "sha256": digest}
+def _open(folder: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    files, base = fsspec.url_to_fs(folder)
+    files.invalidate_cache()  # others write there, too: Orbax goes its own way
+    return files, base.rstrip("/")
+
+
+def _list(folder: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, int]]:
+    """The files below a folder, their names relative to it, and their sizes in bytes."""
+    files, base = _open(folder)
+    listed = files.find(base, detail=True)
+    sizes = {path.removeprefix(f"{base}/"): entry["size"] for path, entry in listed.items()}
+    return files, base, sizes
+
+
+def _digest(files: fsspec.AbstractFileSystem, path: str) -> str:
+    digest = hashlib.sha256()
+    with files.open(path, "rb") as file:
+        while part := file.read(_PART):
+            digest.update(part)
+    return digest.hexdigest()
