@@ -263,11 +263,11 @@ class _Run:
                 votes = agreement.cast(stop.signal, progress.elapsed)
                 in_flight.append((step, metrics | votes | {"learning_rate": jnp.float32(rate)}))
                 finish_steps(RUN_AHEAD)
+                if train.sample_every and step % train.sample_every == 0:
+                    self._sample(state, stage, step, progress)
                 # Read once: a checkpoint that is not the stage's last must not seem so later.
                 self.signal, elapsed = agreement.settled(stop.signal, progress.elapsed)
                 share = _share(stage, step, elapsed)
-                if train.sample_every and step % train.sample_every == 0:
-                    self._sample(state, stage, step, progress)
                 due = step % train.checkpoint_every == 0 or self.signal is not None
                 saved = due and share < 1
                 if saved:
