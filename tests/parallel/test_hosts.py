@@ -129,14 +129,14 @@ def test_a_run_goes_on_with_another_number_of_hosts(tmp_path):
     killed = saved(run)
     assert killed >= 4
 
-    ends = Job(run, 1, steps).after(killed + 2, 0, signal.SIGTERM).end()
+    ends = Job(run, 1, steps).after(len(rows(run)) + 2, 0, signal.SIGTERM).end()
     assert codes(ends) == [128 + signal.SIGTERM], ends
     assert f"going on at step {killed}" in ends[0][1]
 
     # Each clip is split over the hosts now, so that both read all of them.
     stopped = saved(run)
     mesh = {"data": 1, "frame": -1}
-    ends = Job(run, 2, steps, mesh=mesh).after(stopped + 2, 1, signal.SIGTERM).end()
+    ends = Job(run, 2, steps, mesh=mesh).after(len(rows(run)) + 2, 1, signal.SIGTERM).end()
     assert codes(ends) == [128 + signal.SIGTERM] * 2, ends
     assert f"going on at step {stopped}" in ends[0][1]
     assert f"stopped in drag after step {saved(run)}: run again" in ends[0][1]
