@@ -126,12 +126,12 @@ def plan(launch: Launch, environ: Mapping[str, str]) -> Plan | None:
             f"this is process {launch.process_id}, but of which job: give --coordinator=HOST:PORT "
             "of process 0 as well"
         )
-    if told == 1:
-        return None
     slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
     workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    if told is None and (slices > 1 or "," in workers):
+    if told is None and (slices > 1 or workers):
         told, source = (workers.count(",") + 1) * slices, "TPU_WORKER_HOSTNAMES"
+    if told == 1:
+        return None
     if source.startswith(("OMPI", "PMI")) and "OMPI_MCA_orte_hnp_uri" not in environ:
         if find_spec("mpi4py") is None:
             raise UserError(

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax._src import distributed
@@ -44,6 +44,7 @@ class Peers:
         self._timeout, self._period = timeout, min(2.0, timeout / 5)
         self._name = f"process {self._index} ({platform.node()})"
         self._hosts: dict[int, str] = {}
+        self._seen: dict[int, tuple[str, float]] = {}  # last beat, and when it was new
         self._stop = threading.Event()
 
     @contextlib.contextmanager
@@ -82,8 +83,8 @@ class Peers:
         self._stop.set()
 
     def _watch(self) -> None:
-        beat, seen = 0, {}
-        answered = time.monotonic()
+        beat, answered = 0, time.monotonic()
+        self._seen = {other: ("", answered) for other in range(1, self._count)}
         while not self._stop.wait(self._period):
             beat += 1
             try:
@@ -93,23 +94,27 @@ class Peers:
                 answered = time.monotonic()
             except jax.errors.JaxRuntimeError as error:
                 if time.monotonic() - answered > self._timeout:
-                    self._leave(f"{self._lost(0)}: {error}")
+                    self._leave(f"{self._called(0)} was lost: {error}")
                 continue
-            if ended and not self._stop.is_set():
-                # The same error may be about to be told by this process itself.
-                if not self._stop.wait(2 * self._period):
-                    self._leave(sorted(ended)[0][1])
-            for key, value in beats:
-                other, (_, _, host) = int(key.rpartition("/")[2]), value.partition(" ")
-                self._hosts[other] = host
-                if seen.get(other, ("", 0.0))[0] != value:
-                    seen[other] = value, time.monotonic()
-            for other in range(self._count):
-                silent = time.monotonic() - seen.setdefault(other, ("", time.monotonic()))[1]
-                if self._index == 0 and silent > self._timeout and other != 0:
-                    text = f"{self._lost(other)}: no sign of life for {silent:.0f} s"
-                    self._end_all(text)
-                    self._leave(text)
+            # Wait, as this process may be about to tell of the same error itself.
+            if ended and not self._stop.wait(2 * self._period):
+                self._leave(sorted(ended)[0][1])
+            if self._index == 0 and (silent := self._silent(beats)):
+                text = ", ".join(f"{self._called(other)} was lost" for other in silent[:8])
+                text += f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+                text += f": no sign of life for {self._timeout:.0f} s"
+                self._end_all(text)
+                self._leave(text)
+
+    def _silent(self, beats: Sequence[tuple[str, str]]) -> list[int]:
+        """The processes whose beat has not changed for too long, by this process' clock."""
+        now = time.monotonic()
+        for key, value in beats:
+            other, host = int(key.rpartition("/")[2]), value.partition(" ")[2]
+            self._hosts[other] = host
+            if other and self._seen[other][0] != value:
+                self._seen[other] = value, now
+        return [other for other, (_, at) in self._seen.items() if now - at > self._timeout]
 
     def _beat(self, beat: int) -> None:
         value = f"{beat} {platform.node()}"
@@ -130,8 +135,8 @@ class Peers:
         _tell(f"{self._name} ends because {text}; start the job again to go on")
         os._exit(LOST)
 
-    def _lost(self, other: int) -> str:
-        return f"process {other} ({self._hosts.get(other, 'host not known')}) was lost"
+    def _called(self, other: int) -> str:
+        return f"process {other} ({self._hosts.get(other, 'its host is not known')})"
 
     def _why_aborted(self) -> tuple[str, int] | None:
         """Whether process 0 is gone: then JAX ends this process before `_watch` can learn of it."""
@@ -141,7 +146,7 @@ class Peers:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
-            text = f"{self._lost(0)}: its coordination service does not answer ({error})"
+            text = f"{self._called(0)} was lost: its coordinator does not answer ({error})"
             return f"{self._name} ends because {text}; start the job again to go on", LOST
         return None
 

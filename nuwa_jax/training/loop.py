@@ -329,12 +329,12 @@ class _Run:
                 in_flight.append((step, first, rate, metrics | votes))
                 finish_steps(RUN_AHEAD)
                 checkpoints.check()
-                # Read once: a checkpoint that is not the stage's last must not seem so later.
-                self.signal, elapsed = agreement.settled(stop.signal, progress.elapsed)
-                share = _share(stage, step, elapsed)
                 if train.sample_every and step % train.sample_every == 0:
                     with watch.phase("evaluation"):
                         self._sample(state, stage, step, progress, stop)
+                # Read once: a checkpoint that is not the stage's last must not seem so later.
+                self.signal, elapsed = agreement.settled(stop.signal, progress.elapsed)
+                share = _share(stage, step, elapsed)
                 due = step % train.checkpoint_every == 0 or self.signal is not None
                 saved = due and share < 1
                 if saved:

@@ -480,6 +480,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_runs(tmp_path):
 def test_a_stage_that_does_not_divide_over_the_mesh_is_refused_before_the_first_runs(
     tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("nuwa_jax.training.loop.reading_hosts", lambda mesh: 1)
     monkeypatch.setattr(
         "nuwa_jax.training.loop.make_mesh",
         lambda config: types.SimpleNamespace(
