@@ -18,9 +18,11 @@ def to_device(batch: Batch, sharding: jax.sharding.Sharding | None = None) -> Ba
     """The batch as arrays on devices; with a sharding, each host gives its block of the batch."""
     if sharding is None:
         return jax.device_put(batch)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-    )
+    # With several processes JAX takes this for an implicit transfer, which the loop forbids.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+        )
 
 
 def complete(batch: Batch, height: int, width: int) -> Batch:
