@@ -35,7 +35,9 @@ def to_device(
         shape = None if batch_size is None else (batch_size, *array.shape[1:])
         return jax.make_array_from_process_local_data(sharding, array, shape)
 
-    return jax.tree.map(put, batch)
+    # With several processes JAX takes this for an implicit transfer, which the loop forbids.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(put, batch)
 
 
 def complete(batch: Batch, height: int, width: int) -> Batch:

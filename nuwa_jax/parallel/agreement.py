@@ -65,7 +65,10 @@ class Agreement:
         if self._alone:
             return {}
         vote = np.array([[signal or 0, elapsed]], np.float32)
-        return {"votes": self._gather(jax.make_array_from_process_local_data(self._own, vote))}
+        # With several processes JAX takes this for an implicit transfer, which the loop forbids.
+        with jax.transfer_guard_host_to_device("allow"):
+            vote = jax.make_array_from_process_local_data(self._own, vote)
+        return {"votes": self._gather(vote)}
 
     def take(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Reads the votes that came with a step's metrics; returns the rest."""

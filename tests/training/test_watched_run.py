@@ -76,6 +76,25 @@ def test_mfu_and_goodput_are_told_with_every_line(tmp_path, capsys):
         assert 0 < row["mfu"] < 1 and 0 < row["goodput"] < 1
 
 
+def test_counting_flops_costs_no_second_trace_and_no_second_compilation(tmp_path, monkeypatch):
+    traced, compiled = [], []
+    denoise = FakeModel.denoise
+
+    def counted(self, *args):
+        traced.append(0)
+        return denoise(self, *args)
+
+    def listen(event, seconds, *, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    monkeypatch.setattr(FakeModel, "denoise", counted)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    train(short_config(), tmp_path)
+    assert len(traced) == 1
+    assert [name for name in compiled if "placed" in name] == ["jit(placed)"], compiled
+
+
 def test_where_the_peak_is_not_known_there_is_no_mfu_and_the_reason_is_told(tmp_path, capsys):
     train(short_config(), tmp_path)
     told = capsys.readouterr().out
