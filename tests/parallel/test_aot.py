@@ -97,7 +97,7 @@ def test_a_mistake_ends_with_one_line():
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("v5e", "CHIP:SHAPE"), ("v9:2x2", "v4, v5e, v5p, v6e"), ("h100:8", "only for TPUs")],
+    [("v5e", "CHIP:SHAPE"), ("v9:2x2", "v4, v5e, v5p, v6e, h100")],
 )
 def test_a_topology_that_is_none_is_told(name, told):
     with pytest.raises(UserError, match=told):
