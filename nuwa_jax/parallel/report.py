@@ -63,14 +63,16 @@ def compile_program(
     }
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=topology.chip.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         made["memory"] = _does_not_fit(error, topology)
         return made
     seconds["compile"] = round(time.monotonic() - start, 1)
     text = compiled.as_text()
-    census, cost = read_hlo(text), compiled.cost_analysis()
-    flops["hardware_per_device"] = cost["flops"]
+    # Of GPUs that are not there XLA makes no such analysis.
+    census, cost = read_hlo(text), compiled.cost_analysis() or {}
+    if "flops" in cost:
+        flops["hardware_per_device"] = cost["flops"]
     return made | {
         "memory": _memory(compiled.memory_analysis(), topology),
         "collectives": _collectives(census, minimum),
@@ -188,6 +190,11 @@ def _does_not_fit(error: Exception, topology: Topology) -> dict[str, Any]:
     """What the compiler says when it gives up for want of memory."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        if topology.chip.platform == "cuda":
+            raise UserError(
+                f"without a GPU its compiler cannot compile this program for {topology.name}, as "
+                f"it does some: {message.splitlines()[0]}; run a few steps on one"
+            ) from error
         raise error
     used = re.search(r"[Uu]sed ([\d.]+)([KMGT])", message)
     unit = dict(K=2**10, M=2**20, G=2**30, T=2**40)
@@ -226,7 +233,7 @@ def _times(
         # it may be negative, which means nothing.
         "compiler": compiler if compiler > 0 else None,
         "fusions": census.cycles / chip.clock,
-        "memory": cost["bytes accessed"] / chip.memory_bandwidth,
+        "memory": cost.get("bytes accessed", 0.0) / chip.memory_bandwidth,
         "collectives": census.traffic / chip.link_bandwidth,
     }
     made["ratio"] = round(compiler / arithmetic, 3) if compiler > 0 and arithmetic else None

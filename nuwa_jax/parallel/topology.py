@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -47,10 +48,17 @@ class Chip:
     link_bandwidth: float
     clock: float
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What its compiler is to be told."""
+        # Triton's kernels for products are chosen by running them.
+        return {"xla_gpu_enable_triton_gemm": False} if self.platform == "cuda" else {}
+
 
 # From "How to Scale Your Model" (jax-ml.github.io/scaling-book, "TPU specs"; links one way times
 # their number: 4 in a 2-D torus, 6 in a 3-D one). The clock follows from the peak: so many units of
-# 128 x 128 or 256 x 256 multiplications and additions a cycle.
+# 128 x 128 or 256 x 256 multiplications and additions a cycle. H100: NVIDIA's data sheet (SXM,
+# without sparsity; 18 links of NVLink, one way).
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -58,15 +66,34 @@ CHIPS = {
         Chip("v5e", "v5e", 16 * 2**30, 197e12, 8.1e11, 4 * 4.5e10, 1.5e9),
         Chip("v5p", "v5", 95 * 2**30, 459e12, 2.8e12, 6 * 9e10, 1.75e9),
         Chip("v6e", "v6e", 32 * 2**30, 918e12, 1.6e12, 4 * 9e10, 1.75e9),
+        Chip("h100", "cuda", 84_978_434_048, 989e12, 3.35e12, 18 * 2.5e10, 1.98e9),
     )
 }
-_GPUS = ("gpu", "cuda", "a100", "h100", "h200", "b200", "gb200")
 _ALIASES = {"v5": "v5p"}  # as libtpu calls it
+
+
+# What XLA has to know of a GPU that is not there, as it describes one that is (text of its protocol
+# buffer GpuTargetConfigProto; numbers of NVIDIA's H100 data sheet and CUDA's device properties).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978434048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips in a torus, and how many such slices."""
+    """Chips in a torus, and how many such slices; or GPUs, as hosts x GPUs of each."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -74,7 +101,7 @@ class Topology:
 
     @classmethod
     def parse(cls, name: str, slices: int = 1) -> Topology:
-        """From "v5e:16x16", "v5p:4x4x4", ...
+        """From "v5e:16x16", "v5p:4x4x4", "h100:4x8" (4 hosts of 8), ...
 
         Raises:
           UserError: the chip is unknown, or the shape is not one.
@@ -85,11 +112,6 @@ class Topology:
             raise UserError(
                 f"a topology is CHIP:SHAPE, as in v5e:16x16 or v5p:4x4x4, got {name!r}; chips: "
                 f"{known}"
-            )
-        if match[1].lower() in _GPUS:
-            raise UserError(
-                f"programs are compiled ahead only for TPUs ({known}), got {name!r}: the GPU's "
-                "compiler needs a GPU of that kind to be told of; run a few steps on one"
             )
         kind = _ALIASES.get(match[1], match[1])
         if kind not in CHIPS:
@@ -113,25 +135,40 @@ class Topology:
         """The topology's devices, which programs can be compiled for and nothing can be run on.
 
         Raises:
-          UserError: libtpu is not installed, or knows no such topology.
+          UserError: the compiler is not installed, or knows no such topology.
         """
         from jax.experimental import topologies
 
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(
-                f"compiling for {self.name} needs libtpu, which holds the compiler: "
-                "pip install 'nuwa_jax[tpu]' (no TPU is needed)"
-            )
         shape = "x".join(map(str, self.shape))
-        try:
-            described = topologies.get_topology_desc(
-                platform="tpu",
-                topology_name=f"{self.chip.platform}:{shape}",
-                num_slices=self.slices,
+        if self.chip.platform == "cuda":
+            _need("jax_plugins.xla_cuda12", self.name, "nuwa_jax[cuda12]", "GPU")
+            hosts, gpus = math.prod(self.shape[:-1]) * self.slices, self.shape[-1]
+            options = dict(
+                platform="cuda",
+                topology_name=self.chip.name,
+                target_config=H100,
+                topology=f"1x{hosts}x{gpus}",
             )
+        else:
+            _need("libtpu", self.name, "nuwa_jax[tpu]", "TPU")
+            name = f"{self.chip.platform}:{shape}"
+            options = dict(platform="tpu", topology_name=name, num_slices=self.slices)
+        try:
+            return list(topologies.get_topology_desc(**options).devices)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"libtpu knows no topology {self.name}: {error}") from error
-        return list(described.devices)
+            raise UserError(f"the compiler knows no topology {self.name}: {error}") from error
+
+
+def _need(module: str, name: str, extra: str, device: str) -> None:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise UserError(
+            f"compiling for {name} needs {module}, which holds the compiler: "
+            f"pip install '{extra}' (no {device} is needed)"
+        )
 
 
 def prepare_environment() -> None:
