@@ -13,6 +13,7 @@ from nuwa_jax.models.attention import dot_product_attention
 from nuwa_jax.models.layers import (
     ZERO_INIT,
     AlphaBlender,
+    Conv,
     Dense,
     TemporalConv,
     conv2d,
@@ -125,7 +126,7 @@ class Encoder(nn.Module):
                 x = ResBlock2D(mult * config.base_channels, dtype, name=name)(x)
             if level < len(config.channel_mult) - 1:
                 # The reference pads right and bottom only, by one pixel of zeros.
-                x = nn.Conv(
+                x = Conv(
                     x.shape[-1],
                     (3, 3),
                     strides=(2, 2),

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.models.attention import dot_product_attention
-from nuwa_jax.models.layers import Dense, layer_norm
+from nuwa_jax.models.layers import Dense, add_spread, broadcast, layer_norm
 
 # Mean and standard deviation of the pixels (0..1) CLIP was trained on.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -87,9 +87,9 @@ class ClipVision(nn.Module):
         )(pixels)
         x = rearrange(x, "n h w c -> n (h w) c")
         init = nn.initializers.normal(width**-0.5)
-        class_token = self.param("class_token", init, (width,)).astype(dtype)
-        x = jnp.concatenate([jnp.broadcast_to(class_token, (n, 1, width)), x], axis=1)
-        x = x + self.param("positions", init, (x.shape[1], width)).astype(dtype)
+        class_token = broadcast(self.param("class_token", init, (width,)), (n, 1, width))
+        x = jnp.concatenate([class_token.astype(dtype), x], axis=1)
+        x = add_spread(x, self.param("positions", init, (x.shape[1], width)))
         x = layer_norm("norm_in", dtype)(x)
         for i in range(config.layers):
             x = ClipBlock(config.heads, config.mlp_ratio, dtype, name=f"block_{i}")(x)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.clip import ACTIVATIONS, ClipBlock
-from nuwa_jax.models.layers import Dense, layer_norm
+from nuwa_jax.models.layers import Dense, add_spread, layer_norm
 
 LAYERS = ("last", "penultimate")
 PADDINGS = ("zero", "end")
@@ -120,12 +120,11 @@ class ClipText(nn.Module):
             config.vocabulary,
             config.width,
             embedding_init=nn.initializers.normal(0.02),
-            dtype=dtype,
             name="tokens",
-        )(text)
+        )(text).astype(dtype)
         init = nn.initializers.normal(0.01)
         positions = self.param("positions", init, (config.max_length, config.width))
-        x = x + positions[:length].astype(dtype)
+        x = add_spread(x, positions[:length])
         causal = jnp.tri(length, dtype=bool)
         outputs = []
         for i in range(config.layers):

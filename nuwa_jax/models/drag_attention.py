@@ -20,10 +20,14 @@ from jaxtyping import Array, Bool, Float, Int
 from nuwa_jax.models.attention import dot_product_attention
 from nuwa_jax.models.layers import (
     ZERO_INIT,
+    Conv,
     Dense,
     Mlp,
+    add_spread,
+    broadcast,
     fourier_features,
     layer_norm,
+    wide,
 )
 from nuwa_jax.models.remat import block_input
 
@@ -106,10 +110,10 @@ class DragEmbedder(nn.Module):
         )
         geometry = Mlp(d, d, dtype=dtype, name="geometry")(geometry)
         base = self.param("base", nn.initializers.normal(0.02), (d,))
-        states = nn.Embed(NUM_STATES, d, dtype=dtype, name="state")(state.astype(jnp.int32))
+        states = nn.Embed(NUM_STATES, d, name="state")(state.astype(jnp.int32))
 
-        appearance = nn.Conv(d, (3, 3), padding=1, dtype=dtype, name="appearance_1")(first_frame)
-        appearance = nn.Conv(d, (3, 3), padding=1, dtype=dtype, name="appearance_2")(
+        appearance = Conv(d, (3, 3), padding=1, dtype=dtype, name="appearance_1")(first_frame)
+        appearance = Conv(d, (3, 3), padding=1, dtype=dtype, name="appearance_2")(
             nn.silu(appearance)
         )
         found = sample_at(appearance, start)
@@ -118,7 +122,8 @@ class DragEmbedder(nn.Module):
         depth = jnp.zeros(start.shape[:2]) if depth is None else depth
         depth = Dense(d, use_bias=False, dtype=dtype, name="depth")(depth[..., None])
 
-        tokens = geometry + base.astype(dtype) + states + (found + depth)[:, None]
+        tokens = wide(geometry) + base + states + wide(found + depth)[:, None]
+        tokens = tokens.astype(dtype)
         target, handle = {}, {}
         if "query_key" in config.forms:
             sharpness = jax.nn.softplus(self.param("sharpness", nn.initializers.constant(50.0), ()))
@@ -180,7 +185,8 @@ class TokenAttention(nn.Module):
         penalty = jax.nn.softplus(penalty)[:, None, :, None, None] * distance[None, :, None]
 
         normed_pixels = layer_norm("drag_norm_pixels", dtype)(pixels)
-        normed_pixels = Dense(d, dtype=dtype, name="drag_pixels")(normed_pixels) + place
+        normed_pixels = Dense(d, dtype=dtype, name="drag_pixels")(normed_pixels)
+        normed_pixels = add_spread(normed_pixels, place)
 
         # Tokens read the frame.
         normed_tokens = layer_norm("drag_norm_tokens", dtype)(tokens)
@@ -191,11 +197,11 @@ class TokenAttention(nn.Module):
             name="drag_read",
         )
         gate = self.param("drag_token_gate", nn.initializers.zeros_init(), (d,))
-        tokens = tokens + jnp.tanh(gate).astype(dtype) * read
+        tokens = (wide(tokens) + jnp.tanh(gate) * wide(read)).astype(dtype)
 
         # The frame reads the tokens; unspecified ones do not exist for it.
-        null = self.param("drag_null", nn.initializers.normal(0.02), (d,)).astype(dtype)
-        null = jnp.broadcast_to(null, (b * t, 1, d))
+        null = self.param("drag_null", nn.initializers.normal(0.02), (d,))
+        null = broadcast(null, (b * t, 1, d)).astype(dtype)
         normed_tokens = layer_norm("drag_norm_updated", dtype)(tokens)
         sources = jnp.concatenate([null, normed_tokens], axis=1)
         mask = jnp.concatenate([jnp.ones((b * t, 1), bool), present], axis=1)
@@ -203,7 +209,7 @@ class TokenAttention(nn.Module):
         wrote = self._attend(
             normed_pixels, sources, bias=bias, mask=mask[:, None, None, :], name="drag_write"
         )
-        wrote = nn.silu(Dense(d, dtype=dtype, name="drag_mix")(wrote) + place)
+        wrote = nn.silu(add_spread(Dense(d, dtype=dtype, name="drag_mix")(wrote), place))
         wrote = Dense(c, dtype=dtype, kernel_init=ZERO_INIT, name="drag_out")(wrote)
         keep = jnp.repeat(drags.keep, t)[:, None, None].astype(dtype)
         pixels = pixels + keep * wrote
@@ -228,7 +234,7 @@ class TokenAttention(nn.Module):
             )
             for part, y in (("q", target), ("k", source), ("v", source))
         )
-        out = dot_product_attention(q, k, v, bias=bias.astype(q.dtype), mask=mask)
+        out = dot_product_attention(q, k, v, bias=bias, mask=mask)
         return rearrange(out, "n l e d -> n l (e d)")
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nuwa_jax.models.layers import Attention, Dense, FeedForward, layer_norm
+from nuwa_jax.models.layers import Attention, Dense, FeedForward, add_spread, layer_norm
 
 VOCABULARY = 257  # 0 pads, byte b is b + 1
 
@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
         mask = token_mask(text, config.stride)
         text = jnp.pad(text, ((0, 0), (0, -length % config.stride)))
         tokens = text.shape[1] // config.stride
-        x = nn.Embed(VOCABULARY, config.channels, dtype=dtype, name="bytes")(text)
+        x = nn.Embed(VOCABULARY, config.channels, name="bytes")(text).astype(dtype)
         x = x.reshape(-1, tokens, config.stride * config.channels)
         x = Dense(config.channels, dtype=dtype, name="merge")(x)
         positions = self.param(
@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
             nn.initializers.normal(0.02),
             (config.max_length // config.stride, config.channels),
         )
-        x = x + positions[:tokens].astype(dtype)
+        x = add_spread(x, positions[:tokens])
         for i in range(config.layers):
             y = layer_norm(f"norm_{i}_attention", dtype)(x)
             x = x + Attention(config.heads, dtype=dtype, name=f"attention_{i}")(y, mask=mask)

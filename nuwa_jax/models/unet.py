@@ -25,6 +25,8 @@ from nuwa_jax.models.layers import (
     FeedForward,
     Mlp,
     TemporalConv,
+    add_spread,
+    broadcast,
     conv2d,
     group_norm,
     layer_norm,
@@ -106,7 +108,7 @@ class SpatialResBlock(nn.Module):
             # Before the embedding is added, as in DragNUWA 1.5.
             h = FlowInjection(self.flow_injection, self.dtype, name="flow_injection")(h, flow)
         shift = Dense(self.features, dtype=self.dtype, name="emb_proj")(nn.silu(emb))
-        h = h + rearrange(shift, "b t c -> (b t) 1 1 c")
+        h = add_spread(h, rearrange(shift, "b t c -> (b t) 1 1 c"))
         h = nn.silu(group_norm(self.features, RES_EPS, name="norm2", dtype=self.dtype)(h))
         h = conv2d(self.features, zero=True, name="conv2", dtype=self.dtype)(h)
         if x.shape[-1] != self.features:
@@ -127,7 +129,7 @@ class TemporalResBlock(nn.Module):
         h = nn.silu(group_norm(c, RES_EPS, name="norm1", dtype=dtype)(x))
         h = TemporalConv(c, kernel_init=LECUN, dtype=dtype, name="conv1")(h)
         shift = Dense(c, dtype=dtype, name="emb_proj")(nn.silu(emb))
-        h = h + shift[:, :, None, None, :]
+        h = add_spread(h, shift[:, :, None, None, :])
         h = nn.silu(group_norm(c, RES_EPS, name="norm2", dtype=dtype)(h))
         return x + TemporalConv(c, kernel_init=ZERO_INIT, dtype=dtype, name="conv2")(h)
 
@@ -222,7 +224,7 @@ class VideoTransformer(nn.Module):
 
         frame_emb = Mlp(4 * c, c, dtype=dtype, name="frame_embed")(sinusoids(jnp.arange(t), c))
         u = by_pixels(rearrange(u, "(b t) l c -> b t l c", t=t))
-        v = u + frame_emb[None, :, None, :].astype(u.dtype)
+        v = add_spread(u, frame_emb[None, :, None, :])
         if not self.temporal_context:
             context = mask = None
         v = TemporalBlock(self.heads, self.ff_multiplier, dtype, name="temporal_block")(
@@ -264,7 +266,7 @@ class UNet(nn.Module):
         )
         if vector is not None:
             emb = emb + Mlp(emb_channels, emb_channels, dtype=dtype, name="vector_embed")(vector)
-        emb = jnp.broadcast_to(emb[:, None], (b, t, emb_channels))
+        emb = broadcast(emb[:, None], (b, t, emb_channels))
         stream = Stream(emb, context, context_mask, drags, image_only)
         flow = flow or {}
         res_block, transformer, drag_layer = (
