@@ -112,7 +112,8 @@ def compare() -> None:
     count = sum(p.size for p in jax.tree.leaves(params))
     print(
         f"{_CHANNELS.value} channels, {_LEVELS.value} levels, {_BATCH.value} x {_FRAMES.value} "
-        f"frames of {_HEIGHT.value} x {_WIDTH.value}, {count / 1e6:.0f} M parameters, float32, threads: {_THREADS.value}",
+        f"frames of {_HEIGHT.value} x {_WIDTH.value}, {count / 1e6:.0f} M parameters, float32, "
+        f"threads: {_THREADS.value}",
         flush=True,
     )
     theirs = _Theirs(
