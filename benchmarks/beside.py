@@ -68,8 +68,11 @@ def diffusers_unet(config: UNetConfig, params: dict, *, frames: int, threads: in
             "pip install -e '.[torch]'"
         ) from error
     torch.set_num_threads(threads)
-    widths = tuple(config.channels(level) for level in range(len(config.channel_mult)))
+    levels = len(config.channel_mult)
+    widths = tuple(config.channels(level) for level in range(levels))
     model = UNetSpatioTemporalConditionModel(
+        down_block_types=_blocks("CrossAttnDown", "Down", levels),
+        up_block_types=_blocks("CrossAttnUp", "Up", levels)[::-1],
         block_out_channels=widths,
         num_attention_heads=tuple(width // config.head_channels for width in widths),
         cross_attention_dim=CONTEXT,
@@ -86,6 +89,12 @@ def diffusers_unet(config: UNetConfig, params: dict, *, frames: int, threads: in
         {n: torch.from_numpy(np.array(a, order="C")) for n, a in state.items()}, assign=True
     )
     return model
+
+
+def _blocks(with_attention: str, without: str, levels: int) -> tuple[str, ...]:
+    """Attention on all levels but the last."""
+    names = [with_attention] * (levels - 1) + [without]
+    return tuple(f"{name}BlockSpatioTemporal" for name in names)
 
 
 def timed(run: Run) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def measure(blocks: int, steps: int) -> None:
     config = tiny.get_config()
     config.curriculum = ("drag",)
     (stage,) = stages_from_config(config)
-    config.stages.drag.steps = (blocks + 2) * steps
+    config.stages.drag.steps = (blocks + 1) * steps
     config.train.update(sample_every=steps, checkpoint_every=10**9)
     alone = _Alone(config, stage)
     for name, made in (("replayed", _replay), ("rendered", make_batches)):

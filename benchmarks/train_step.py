@@ -56,6 +56,9 @@ LOSS_BOUND = 1e-4  # relative
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of either side.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Pairs of timed steps.", lower_bound=2)
 _CHANNELS = flags.DEFINE_integer("channels", 64, "Channels of the first level (SVD: 320).")
+_LEVELS = flags.DEFINE_integer(
+    "levels", 4, "Levels of the U-Net, the last without attention.", 2, 4
+)
 _FRAMES = flags.DEFINE_integer("frames", 8, "Frames.")
 _HEIGHT = flags.DEFINE_integer("height", 24, "Rows of the latents; divisible by 8.")
 _WIDTH = flags.DEFINE_integer("width", 40, "Columns of the latents; divisible by 8.")
@@ -108,8 +111,9 @@ def compare() -> None:
     params = random_params(model.unet, x_shape)
     count = sum(p.size for p in jax.tree.leaves(params))
     print(
-        f"{_CHANNELS.value} channels, {_BATCH.value} x {_FRAMES.value} frames of {_HEIGHT.value} x "
-        f"{_WIDTH.value}, {count / 1e6:.0f} M parameters, float32, threads: {_THREADS.value}",
+        f"{_CHANNELS.value} channels, {_LEVELS.value} levels, {_BATCH.value} x {_FRAMES.value} "
+        f"frames of {_HEIGHT.value} x {_WIDTH.value}, {count / 1e6:.0f} M parameters, float32, "
+        f"threads: {_THREADS.value}",
         flush=True,
     )
     theirs = _Theirs(
@@ -209,7 +213,13 @@ def _config() -> ConfigDict:
         height=8 * _HEIGHT.value, width=8 * _WIDTH.value, frames=_FRAMES.value, format="latents"
     )
     config.model.autoencoder = ConfigDict()
-    config.model.unet = ConfigDict(dict(model_channels=_CHANNELS.value))
+    config.model.unet = ConfigDict(
+        dict(
+            model_channels=_CHANNELS.value,
+            channel_mult=(1, 2, 4, 4)[: _LEVELS.value],
+            attention_factors=(1, 2, 4)[: _LEVELS.value - 1],
+        )
+    )
     config.model.image_mask = False
     return config
 

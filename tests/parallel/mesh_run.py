@@ -55,8 +55,9 @@ def watch_state() -> list[int]:
 
         def watched(*args):
             state, metrics = step(*args)
-            whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)]
-            split.append(whole.count(False))
+            leaves = jax.tree.leaves(state)
+            if not isinstance(leaves[0], jax.core.Tracer):  # else its FLOPs are being counted
+                split.append([leaf.sharding.is_fully_replicated for leaf in leaves].count(False))
             return state, metrics
 
         return watched
