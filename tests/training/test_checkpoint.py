@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -338,3 +340,45 @@ def test_files_of_a_bucket_are_copied_when_they_have_changed(monkeypatch):
 def test_a_url_that_cannot_hold_checkpoints_is_refused():
     with pytest.raises(UserError, match="http://host/run cannot hold checkpoints"):
         train(drag_config(), "http://host/run")
+
+
+def run_hosts(hosts, workdir, die_after=0):
+    """What each host told, and its exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(__file__).with_name("hosts_run.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, (program, host, hosts, port, workdir, die_after))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in range(hosts)
+    ]
+    told = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+    return list(zip(told, (process.returncode for process in processes), strict=True))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_hosts_goes_on_with_one_and_each_learns_of_damage_that_one_found(tmp_path):
+    ((told, code),) = run_hosts(1, tmp_path / "whole")
+    assert code == 0, told
+    ended = run_hosts(2, tmp_path / "moved", die_after=5)
+    # Whoever is last may be ended by the other's death.
+    assert any(code == 9 for _, code in ended) and all(code for _, code in ended), ended
+    checkpoint = tmp_path / "moved/stages/00_drag/4"
+    with StageCheckpoints(tmp_path / "moved", "00_drag") as checkpoints:
+        meta = checkpoints.last()
+    assert (meta.processes, meta.mesh["data"], meta.mesh["fsdp"], meta.position) == (2, 2, 2, 16)
+    damaged = max((checkpoint / "training").glob("ocdbt.process_1/d/*"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    for told, code in run_hosts(2, tmp_path / "moved"):
+        assert code and "stages/00_drag/4 is damaged" in told, told
+    damaged.write_bytes(whole)
+    ((told, code),) = run_hosts(1, tmp_path / "moved")
+    assert code == 0 and "drag: going on at step 4 of 6" in told, told
+    found, expected = (np.array([r[2] for r in rows(tmp_path / w)]) for w in ("moved", "whole"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
