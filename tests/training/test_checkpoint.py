@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from fake_model import FakeModel
 from micro_config import get_config
@@ -132,6 +133,18 @@ def test_the_checkpoint_before_a_damaged_one_is_used_if_that_is_asked_for(dead, 
     )
 
 
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_deleted_as_damaged(
+    dead, monkeypatch
+):
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("nuwa_jax.training.manifest._digest", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(drag_config(use_previous_checkpoint=True), dead)
+    assert (dead / "stages/00_drag/4").exists()
+
+
 def test_a_stage_whose_checkpoints_are_all_damaged_begins_anew_if_that_is_asked_for(dead, runs):
     for step in (2, 4):
         truncate(dead / f"stages/00_drag/{step}")
@@ -226,6 +239,21 @@ def test_a_checkpoint_holds_the_values_of_its_step_though_later_steps_run_meanwh
         checkpoints.verify(1)
         found = checkpoints.restore(1, state, stage)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+
+
+def test_what_is_written_in_the_background_shares_no_memory_with_the_state(tmp_path, monkeypatch):
+    state, _, _ = large_state()
+    written, save = [], ocp.CheckpointManager.save
+
+    def spy(manager, step, args, **options):
+        written.extend(jax.tree.leaves((args["model"].item, args["training"].item)))
+        return save(manager, step, args=args, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", spy)
+    with StageCheckpoints(tmp_path, "00_drag", keep=1) as checkpoints:
+        checkpoints.save(state, meta_of(1))
+    addresses = [{a.unsafe_buffer_pointer() for a in t} for t in (jax.tree.leaves(state), written)]
+    assert addresses[1] and addresses[0].isdisjoint(addresses[1])
 
 
 def test_a_checkpoint_is_reported_when_it_is_committed_and_not_before(tmp_path):
