@@ -18,6 +18,7 @@ if HOSTS > 1:
     jax.distributed.initialize(f"127.0.0.1:{PORT}", HOSTS, HOST)
 
 import fake_model  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
 
 sys.path[:0] = [str(fake_model.ROOT)]
 
@@ -51,4 +52,6 @@ if __name__ == "__main__":
     config.mesh.update(data=-1, fsdp=2)
     config.stages.drag.batch_size = 4
     config.train.update(log_every=1, checkpoint_every=2)
+    # They compile at the same time then: the first who sends does not wait for long.
+    multihost_utils.sync_global_devices("start")
     loop.train(config, WORKDIR)
