@@ -128,7 +128,7 @@ def base() -> ConfigDict:
     c.train.non_finite = "skip"
     c.train.max_skipped = 10
     c.train.allow_changed_batch_size = False  # of a run that goes on
-    c.train.use_previous_checkpoint = False  # where the newest is damaged, which deletes it
+    c.train.use_previous_checkpoint = False  # the newest, if damaged, is deleted: for one start
     c.train.adam_b1, c.train.adam_b2 = 0.9, 0.999
     c.train.decay, c.train.decay_share = "linear", 0.2
     c.train.l1_weight, c.train.mse_weight, c.train.kl_weight = 1.0, 1.0, 1e-6

@@ -213,13 +213,23 @@ class StageCheckpoints:
 
         Raises:
           DamagedCheckpoint: names what is damaged, and says what to do.
+          OSError: a host cannot read it.
         """
         folder = self._folder / str(step)
-        fault = find_damage(str(folder), items, jax.process_index(), jax.process_count())
+        fault, unreadable = None, None
+        try:
+            fault = find_damage(str(folder), items, jax.process_index(), jax.process_count())
+        except OSError as error:  # of the disk or the network, which may be gone the next time
+            unreadable = error
         if jax.process_count() > 1:
-            faults = multihost_utils.process_allgather(np.array(fault is not None))
+            own = np.array([fault is not None, unreadable is not None])
+            faults, failures = np.asarray(multihost_utils.process_allgather(own)).T
+            if unreadable is None and failures.any():
+                unreadable = OSError(f"host {int(np.argmax(failures))} cannot read {folder}")
             if fault is None and faults.any():
                 fault = f"host {int(np.argmax(faults))} found damage in it"
+        if unreadable is not None:
+            raise unreadable
         if fault is None:
             return
         before = [found for found in committed_steps(str(self._folder)) if found < step]
@@ -422,7 +432,8 @@ def _to_be_written(tree: Any) -> Any:
     """The same arrays, safe from what becomes of their buffers while they are written.
 
     Orbax copies from accelerators before its save returns. On CPU it reads the arrays' own memory,
-    which the next step is given to overwrite.
+    which the next step is given to overwrite; that jaxlib leaves memory alone at which NumPy is
+    looking, as it does now, is promised nowhere. It would take other memory instead: a copy, too.
     """
     device = next(iter(jax.tree.leaves(tree)[0].sharding.device_set))
     return _copy(tree) if device.platform == "cpu" else tree

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from fake_model import FakeModel
 from micro_config import get_config
@@ -130,6 +133,18 @@ def test_the_checkpoint_before_a_damaged_one_is_used_if_that_is_asked_for(dead, 
     )
 
 
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_deleted_as_damaged(
+    dead, monkeypatch
+):
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("nuwa_jax.training.manifest._digest", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(drag_config(use_previous_checkpoint=True), dead)
+    assert (dead / "stages/00_drag/4").exists()
+
+
 def test_a_stage_whose_checkpoints_are_all_damaged_begins_anew_if_that_is_asked_for(dead, runs):
     for step in (2, 4):
         truncate(dead / f"stages/00_drag/{step}")
@@ -224,6 +239,21 @@ def test_a_checkpoint_holds_the_values_of_its_step_though_later_steps_run_meanwh
         checkpoints.verify(1)
         found = checkpoints.restore(1, state, stage)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+
+
+def test_what_is_written_in_the_background_shares_no_memory_with_the_state(tmp_path, monkeypatch):
+    state, _, _ = large_state()
+    written, save = [], ocp.CheckpointManager.save
+
+    def spy(manager, step, args, **options):
+        written.extend(jax.tree.leaves((args["model"].item, args["training"].item)))
+        return save(manager, step, args=args, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", spy)
+    with StageCheckpoints(tmp_path, "00_drag", keep=1) as checkpoints:
+        checkpoints.save(state, meta_of(1))
+    addresses = [{a.unsafe_buffer_pointer() for a in t} for t in (jax.tree.leaves(state), written)]
+    assert addresses[1] and addresses[0].isdisjoint(addresses[1])
 
 
 def test_a_checkpoint_is_reported_when_it_is_committed_and_not_before(tmp_path):
@@ -338,3 +368,45 @@ def test_files_of_a_bucket_are_copied_when_they_have_changed(monkeypatch):
 def test_a_url_that_cannot_hold_checkpoints_is_refused():
     with pytest.raises(UserError, match="http://host/run cannot hold checkpoints"):
         train(drag_config(), "http://host/run")
+
+
+def run_hosts(hosts, workdir, die_after=0):
+    """What each host told, and its exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(__file__).with_name("hosts_run.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, (program, host, hosts, port, workdir, die_after))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in range(hosts)
+    ]
+    told = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+    return list(zip(told, (process.returncode for process in processes), strict=True))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_hosts_goes_on_with_one_and_each_learns_of_damage_that_one_found(tmp_path):
+    ((told, code),) = run_hosts(1, tmp_path / "whole")
+    assert code == 0, told
+    ended = run_hosts(2, tmp_path / "moved", die_after=5)
+    # Whoever is last may be ended by the other's death.
+    assert any(code == 9 for _, code in ended) and all(code for _, code in ended), ended
+    checkpoint = tmp_path / "moved/stages/00_drag/4"
+    with StageCheckpoints(tmp_path / "moved", "00_drag") as checkpoints:
+        meta = checkpoints.last()
+    assert (meta.processes, meta.mesh["data"], meta.mesh["fsdp"], meta.position) == (2, 2, 2, 16)
+    damaged = max((checkpoint / "training").glob("ocdbt.process_1/d/*"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    for told, code in run_hosts(2, tmp_path / "moved"):
+        assert code and "stages/00_drag/4 is damaged" in told, told
+    damaged.write_bytes(whole)
+    ((told, code),) = run_hosts(1, tmp_path / "moved")
+    assert code == 0 and "drag: going on at step 4 of 6" in told, told
+    found, expected = (np.array([r[2] for r in rows(tmp_path / w)]) for w in ("moved", "whole"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
