@@ -76,8 +76,8 @@ def make_train_step(
         progress: Array,
     ) -> Any:
         def ready(params: Params) -> Params:
-            split = merge(*dimensions)
-            return fsdp.boxed(params, split, model.dtype, reduce_dtype, model.modules)
+            how = fsdp.Exchange(model.dtype, reduce_dtype, fsdp.rings(mesh))
+            return fsdp.boxed(params, merge(*dimensions), how, model.modules)
 
         return gradients(params, frozen, data, progress, ready)
 
@@ -98,9 +98,7 @@ def make_train_step(
                 jnp.asarray(progress, jnp.float32),
             )
         else:
-            (loss, metrics), grads = gradients(
-                state.params, state.frozen, (batch, draws), progress
-            )
+            (loss, metrics), grads = gradients(state.params, state.frozen, (batch, draws), progress)
         norm = optax.tree.norm(grads)
         grads = clip_by_norm(grads, norm, train.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
