@@ -19,10 +19,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -35,8 +36,28 @@ from nuwa_jax.parallel.sharding import shardings
 
 FSDP_AXIS = "fsdp"
 REDUCE_DTYPES = ("float32", "bfloat16")
+# Devices up to which one phase is reduce-scattered over any torus.
+ONE_PHASE = 8
+# Of a TPU's memory, in float32 values: a row of a tile, and a tile.
+LANES, TILE = 128, 1024
 
 Params = dict[str, Any]
+# Groups of devices, by their places along the axis, that exchange among themselves; None: all.
+Ring = tuple[tuple[int, ...], ...] | None
+
+
+class Exchange(NamedTuple):
+    """How a parameter is gathered.
+
+    Attributes:
+      dtype: of what is sent, and of the gathered parameter.
+      reduce_dtype: in which its gradients are summed.
+      rings: as `rings` gives them.
+    """
+
+    dtype: Any
+    reduce_dtype: Any
+    rings: tuple[Ring, ...] = (None,)
 
 
 class Shard(struct.PyTreeNode, meta.AxisMetadata):
@@ -48,12 +69,11 @@ class Shard(struct.PyTreeNode, meta.AxisMetadata):
 
     value: Array
     dimension: int = struct.field(pytree_node=False)  # along which it is split
-    dtype: Any = struct.field(pytree_node=False)  # of the gathered parameter
-    reduce_dtype: Any = struct.field(pytree_node=False)  # in which its gradients are summed
+    how: Exchange = struct.field(pytree_node=False)
 
     def unbox(self) -> Array:
         """The whole parameter; every device of the axis must ask for it."""
-        return gather(self.value, self.dimension, self.dtype, self.reduce_dtype)
+        return gather(self.value, self.dimension, self.how)
 
     def replace_boxed(self, val: Array) -> Shard:
         """The same place for another value."""
@@ -68,28 +88,39 @@ class Shard(struct.PyTreeNode, meta.AxisMetadata):
         return self.add_axis(index, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather(shard: Array, dimension: int, dtype: Any, reduce_dtype: Any) -> Array:
-    """The whole of an array of which every device of `fsdp` holds a part, as `dtype`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(shard: Array, dimension: int, how: Exchange) -> Array:
+    """The whole of an array of which every device of `fsdp` holds a part, as `how.dtype`.
 
     Rounded before it is sent. Its gradient comes back as the device's part of the sum over the
-    axis, taken in `reduce_dtype`. For use where the axis is manual.
+    axis, taken in `how.reduce_dtype`. For use where the axis is manual.
     """
-    return jax.lax.all_gather(shard.astype(dtype), FSDP_AXIS, axis=dimension, tiled=True)
+    whole = shard.astype(how.dtype)
+    for ring in how.rings:
+        whole = jax.lax.all_gather(
+            whole, FSDP_AXIS, axis=dimension, tiled=True, axis_index_groups=ring
+        )
+    return whole
 
 
 def _gather_forward(shard: Array, *how: Any) -> tuple[Array, None]:
     return gather(shard, *how), None
 
 
-def _gather_backward(
-    dimension: int, dtype: Any, reduce_dtype: Any, saved: None, gradient: Array
-) -> tuple[Array]:
-    del dtype, saved
-    part = jax.lax.psum_scatter(
-        gradient.astype(reduce_dtype), FSDP_AXIS, scatter_dimension=dimension, tiled=True
-    )
-    return (part.astype(jnp.float32),)  # that of parameters
+def _gather_backward(dimension: int, how: Exchange, saved: None, gradient: Array) -> tuple[Array]:
+    del saved
+    # Split along the first of two axes, and that in whole tiles: others the TPU's compiler does not
+    # scatter.
+    front = jnp.moveaxis(gradient.astype(how.reduce_dtype), dimension, 0)
+    part = front.reshape(len(front), -1)
+    for phase, ring in enumerate(reversed(how.rings)):
+        if phase and part.size % (len(ring[0]) * TILE) == 0:
+            part = part.reshape(-1, LANES)
+        part = jax.lax.psum_scatter(
+            part, FSDP_AXIS, scatter_dimension=0, tiled=True, axis_index_groups=ring
+        )
+    part = part.astype(jnp.float32)  # as parameters are
+    return (jnp.moveaxis(part.reshape(-1, *front.shape[1:]), 0, dimension),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
@@ -111,18 +142,52 @@ def reduce_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def boxed(
-    params: Params, dimensions: Params, dtype: Any, reduce_dtype: Any, modules: Collection[str]
-) -> Params:
+def rings(mesh: Mesh) -> tuple[Ring, ...]:
+    """The phases of a gather: of rings along each side of the torus that the axis fills.
+
+    Over a large two-dimensional group the TPU's compiler has no reduce-scatter: it sums whole
+    gradients (all-reduce) and takes a slice. Along one side of the torus after the other it
+    has, and as much is sent as in one phase: (n - 1) / n of the array.
+    """
+    axis = mesh.axis_names.index(FSDP_AXIS)
+    line = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis])[0]
+    if len(line) <= ONE_PHASE or not hasattr(line[0], "coords"):
+        return (None,)
+    coords = np.array([device.coords for device in line])
+    sides = []
+    for along in coords.T:
+        size = len(set(along.tolist()))
+        if size > 1:
+            sides.append((int(np.argmax(along != along[0])), size))
+    sides.sort()
+    # Devices must follow each other side by side, the first side fastest.
+    expected = 1
+    for stride, size in sides:
+        if stride != expected:
+            return (None,)
+        expected *= size
+    if expected != len(line) or len(sides) == 1:
+        return (None,)
+    places = range(len(line))
+    return tuple(
+        tuple(
+            tuple(start + i * stride for i in range(size))
+            for start in places
+            if start // stride % size == 0
+        )
+        for stride, size in sides
+    )
+
+
+def boxed(params: Params, dimensions: Params, how: Exchange, modules: Collection[str]) -> Params:
     """Shards of parameters as a model takes them.
 
     Args:
       params: the device's parts.
       dimensions: the same tree, of the dimension along which each is split; None: it is whole.
-      dtype: of the model's computations. Matrices and kernels are gathered as such; vectors,
-        which layers add to and multiply with in float32, and low-rank updates with the kernels
-        that they are added to, as they are.
-      reduce_dtype: in which gradients are summed.
+      how: they are exchanged; `how.dtype` is that of the model's computations. Matrices and
+        kernels are gathered as such; vectors, which layers add to and multiply with in float32,
+        and low-rank updates with the kernels that they are added to, as they are.
       modules: top-level parts that Flax modules read, each parameter when its layer runs; of
         others all are gathered here.
     """
@@ -135,7 +200,7 @@ def boxed(
             out[path] = leaf
             continue
         exact = leaf.ndim < 2 or path[0] == "lora" or path in merged
-        shard = Shard(leaf, dimensions[path], leaf.dtype if exact else dtype, reduce_dtype)
+        shard = Shard(leaf, dimensions[path], how._replace(dtype=leaf.dtype) if exact else how)
         lazy = path[0] in modules and path not in merged
         out[path] = shard if lazy else shard.unbox()
     return unflatten_dict(out)

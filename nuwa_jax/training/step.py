@@ -76,8 +76,8 @@ def make_train_step(
         progress: Array,
     ) -> Any:
         def ready(params: Params) -> Params:
-            split = merge(*dimensions)
-            return fsdp.boxed(params, split, model.dtype, reduce_dtype, model.modules)
+            how = fsdp.Exchange(model.dtype, reduce_dtype, fsdp.rings(mesh))
+            return fsdp.boxed(params, merge(*dimensions), how, model.modules)
 
         return gradients(params, frozen, data, progress, ready)
 
