@@ -181,8 +181,9 @@ def _join(chosen: Plan, launch: Launch) -> bool:
     """Whether there is a job of several processes, joined now."""
     timeouts = dict(
         initialization_timeout=launch.join_timeout,
-        # Later than `Peers`, which can say who was lost.
-        heartbeat_timeout_seconds=launch.peer_timeout + 15,
+        # Later than `Peers`, which can say who was lost: JAX counts from a heartbeat that may be
+        # half of this time old.
+        heartbeat_timeout_seconds=2 * launch.peer_timeout + 20,
     )
     address = chosen.arguments.get("coordinator_address", "the address that JAX found")
     number = chosen.expected or "several"

@@ -46,6 +46,7 @@ class Peers:
         self._hosts: dict[int, str] = {}
         self._seen: dict[int, tuple[str, float]] = {}  # last beat, and when it was new
         self._stop = threading.Event()
+        self._verdict: str | None = None  # why all end, once this process knows
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -102,9 +103,9 @@ class Peers:
             if self._index == 0 and (silent := self._silent(beats)):
                 text = ", ".join(f"{self._called(other)} was lost" for other in silent[:8])
                 text += f" and {len(silent) - 8} more" if len(silent) > 8 else ""
-                text += f": no sign of life for {self._timeout:.0f} s"
-                self._end_all(text)
-                self._leave(text)
+                self._verdict = f"{text}: no sign of life for {self._timeout:.0f} s"
+                self._end_all(self._verdict)
+                self._leave(self._verdict)
 
     def _silent(self, beats: Sequence[tuple[str, str]]) -> list[int]:
         """The processes whose beat has not changed for too long, by this process' clock."""
@@ -132,14 +133,19 @@ class Peers:
         for worker in multiprocessing.active_children():
             worker.kill()
         faulthandler.dump_traceback(all_threads=True)
-        _tell(f"{self._name} ends because {text}; start the job again to go on")
+        _tell(self._farewell(text))
         os._exit(LOST)
+
+    def _farewell(self, text: str) -> str:
+        return f"{self._name} ends because {text}; start the job again to go on"
 
     def _called(self, other: int) -> str:
         return f"process {other} ({self._hosts.get(other, 'its host is not known')})"
 
     def _why_aborted(self) -> tuple[str, int] | None:
         """Whether process 0 is gone: then JAX ends this process before `_watch` can learn of it."""
+        if self._verdict is not None:
+            return self._farewell(self._verdict), LOST
         if self._index == 0 or self._stop.is_set():
             return None
         host, _, port = self._coordinator.rpartition(":")
@@ -147,7 +153,7 @@ class Peers:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             text = f"{self._called(0)} was lost: its coordinator does not answer ({error})"
-            return f"{self._name} ends because {text}; start the job again to go on", LOST
+            return self._farewell(text), LOST
         return None
 
 
