@@ -204,7 +204,7 @@ class _Theirs:
             rate = min(config.train.ema_decay, (1 + self._done) / (10 + self._done))
             torch._foreach_lerp_(self._ema, [p.detach() for p in self._params], 1 - rate)
         self._done += 1
-        return float(loss)
+        return float(loss.detach())
 
 
 def _config() -> ConfigDict:
