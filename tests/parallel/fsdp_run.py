@@ -12,7 +12,13 @@ import re
 import sys
 from pathlib import Path
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+# The least effort: else one gather is written many times, as the steps of what overlaps with it.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0",
+)
 
 import jax  # noqa: E402
 
