@@ -3,6 +3,7 @@
 #   make demo [CLIPS=folder] [OUT=demo_out]   sample the shipped model, train one, evaluate both
 #   make test                                 lint, then the quick tests
 #   make test-slow                            lint, then all tests
+#   make test-aot                             compile for TPU pods: installs libtpu (210 MB)
 #   make lint                                 ruff: rules and formatting
 #   make venv                                 only the environment
 #   make clean                                remove .venv, caches and build output
@@ -21,7 +22,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint venv clean
+.PHONY: demo test test-slow test-aot lint venv clean
 
 demo: $(STAMP)
 	$(RUN) -m nuwa_jax.demo --out='$(OUT)' $(if $(CLIPS),--clips='$(CLIPS)')
@@ -31,6 +32,16 @@ test: lint
 
 test-slow: lint
 	$(RUN) -m pytest -n $(WORKERS) --durations=15
+
+# The TPU's compiler needs no TPU. It lies beside the packages, not among them: with it installed, JAX
+# would look for a TPU in every other target.
+LIBTPU := $(VENV)/libtpu
+
+test-aot: $(STAMP)
+	$(RUN) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(LIBTPU) \
+	  'libtpu==0.0.42.*'
+	PYTHONPATH=$(LIBTPU) JAX_PLATFORMS=cpu $(RUN) -m pytest -n 0 tests/parallel/test_aot.py \
+	  tests/parallel/test_census.py tests/parallel/test_fsdp.py tests/models/test_attention_kernels.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

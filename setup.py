@@ -46,6 +46,11 @@ EXTRAS = {
     # Prepare clips on many machines: the same preparation on Beam's runners. Beam holds protobuf,
     # pyarrow and NumPy back, hence not among the requirements.
     "prepare": ["apache-beam>=2.77,<3"],
+    # Clips and runs in Google's buckets (gs://).
+    "gcs": [
+        "gcsfs>=2026.9,<2028",  # fsspec's driver; its versions go with fsspec's
+        "google-cloud-storage>=3.17,<4",  # what Orbax asks for buckets with
+    ],
     # Draw drags in the browser: the local server of the drag page.
     "app": [
         "starlette>=1.10,<2",  # routes and static files

@@ -18,7 +18,7 @@ TPU VMs   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \\
               --command="cd nuwa_jax && RUN"
 GKE       xpk workload create --cluster=CLUSTER --workload=nuwa --tpu-type=v5litepod-256 \\
               --num-slices=1 --docker-image=IMAGE --command="RUN"      (a JobSet)
-SLURM     srun --nodes=32 --ntasks-per-node=1 RUN --config.mesh.fsdp=8     (8 GPUs in each node)
+SLURM     srun --nodes=32 --ntasks-per-node=8 RUN --config.mesh.fsdp=8     (8 GPUs in each node)
 
 With several slices add --config.mesh.slices=N: `data` then crosses the network between them.
 `--config=configs/pod_nuwa.py:small` is the same at widths and sizes that a CPU can step.
