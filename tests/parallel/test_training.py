@@ -74,6 +74,7 @@ print(json.dumps([each.addressable_shards[0].data.shape for each in made]))
         {"data": 1, "fsdp": 8},
         {"data": 4, "frame": 2},
         {"data": 4, "tensor": 2},
+        {"data": 2, "fsdp": 2, "frame": 2},
         {"data": 1, "fsdp": 2, "frame": 2, "tensor": 2},
     ],
     ids=json.dumps,
