@@ -18,7 +18,8 @@ GKE       xpk workload create --cluster=CLUSTER --workload=svd --tpu-type=v5lite
               --num-slices=1 --docker-image=IMAGE --command="RUN"      (a JobSet)
 SLURM     srun --nodes=32 --ntasks-per-node=8 RUN --config.mesh.fsdp=8     (8 GPUs in each node)
 
-With several slices add --config.mesh.slices=N: `data` then crosses the network between them.
+With N slices add --num-slices=N, --config.mesh.slices=N and, for the stages flow and drag,
+--config.stages.STAGE.batch_size=256*N: `data` then crosses the network between them.
 `--config=configs/pod_svd.py:small` is the same at widths and sizes that a CPU can step.
 """
 

@@ -60,7 +60,7 @@ def dot_product_attention(
     kernels = {}
     if bias is None and choice in ("auto", "splash") and splash.fits(query, key, mask):
         kernels["tpu"] = _splash
-    if bias is None and choice in ("auto", "cudnn") and _fits_cudnn(query):
+    if bias is None and mask is None and choice in ("auto", "cudnn") and _fits_cudnn(query):
         kernels["cuda"] = _cudnn
     if not kernels:
         return _chunked(query, key, value, bias, mask)
@@ -82,7 +82,8 @@ def implementation(name: str) -> Iterator[None]:
     """What computes large attention in what is traced within: one of `IMPLEMENTATIONS`.
 
     "auto" is the platform's kernel where it computes what is asked and else "xla", chunk by chunk.
-    "splash" and "cudnn" are the same, but only on their own platform; no kernel adds a bias.
+    "splash" and "cudnn" are the same, but only on their own platform; no kernel adds a bias,
+    and cuDNN's takes no mask.
 
     Raises:
       UserError: there is none of that name, or it is another platform's.
@@ -133,8 +134,11 @@ def _splash(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return checkpoint_name(out, OUTPUT)
+    def kernel(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+    # Its own partitioning cannot be lowered where some axes of the mesh are manual.
+    return checkpoint_name(each_device(kernel, q, k, v, mask=mask), OUTPUT)
 
 
 @jax.custom_vjp
@@ -211,7 +215,8 @@ def _backward(
     def one_chunk(sums: tuple, xs: tuple) -> tuple[tuple, tuple]:
         q, gradient, common, (highest, total), bias, mask = xs
         # Divided by their total is the gradient, which is smaller, and not the weights.
-        weights = jnp.exp(_scores(k, q, bias, mask) - highest[:, None])
+        with jax.named_scope("rematted_computation"):  # as jax.checkpoint marks its own
+            weights = jnp.exp(_scores(k, q, bias, mask) - highest[:, None])
         gradient = (gradient / rearrange(total, "n q -> q n 1")).astype(v.dtype)
         common = (common / total)[:, None]
         to_v = _product("nkq,qnd->knd", weights.astype(v.dtype), gradient)

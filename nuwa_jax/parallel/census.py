@@ -181,7 +181,7 @@ class _Program:
 def _collective(operation: re.Match[str], line: str) -> Collective:
     kind, group = operation[3], _group_size(line)
     sizes = list(_array_bytes(operation[2]))
-    if operation[4] and kind in ("all-gather", "collective-permute"):
+    if operation[4] and kind != "all-reduce":
         # Its result repeats the operands before what is made of them, and has scalars of its own.
         arrays = [size for size in sizes if size > 4]
         sizes = arrays[len(arrays) // 2 :]

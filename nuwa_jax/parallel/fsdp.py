@@ -6,7 +6,8 @@ the batch is spread are manual (`jax.shard_map`), so that what is written is wha
 
   a parameter   is rounded to the compute dtype and gathered where a layer asks for it; under
                 rematerialisation that is inside the block, so that the backward pass gathers it
-                again and no whole copy of the model stays in memory
+                again and no whole copy of the model stays in memory (but of kernels to which
+                low-rank updates are added: all of them at once, in float32)
   its gradient  is summed and scattered in one (reduce-scatter) as soon as the layer's is known
   over `data`   the parts are summed once a step, whatever the number of micro-batches
 
@@ -187,7 +188,8 @@ def boxed(params: Params, dimensions: Params, how: Exchange, modules: Collection
       dimensions: the same tree, of the dimension along which each is split; None: it is whole.
       how: they are exchanged; `how.dtype` is that of the model's computations. Matrices and
         kernels are gathered as such; vectors, which layers add to and multiply with in float32,
-        and low-rank updates with the kernels that they are added to, as they are.
+        embeddings, whose rows' gradients are sums over tokens, and low-rank updates with the
+        kernels that they are added to, as they are.
       modules: top-level parts that Flax modules read, each parameter when its layer runs; of
         others all are gathered here.
     """
@@ -199,7 +201,7 @@ def boxed(params: Params, dimensions: Params, how: Exchange, modules: Collection
         if dimensions[path] is None:
             out[path] = leaf
             continue
-        exact = leaf.ndim < 2 or path[0] == "lora" or path in merged
+        exact = leaf.ndim < 2 or path[-1] == "embedding" or path[0] == "lora" or path in merged
         shard = Shard(leaf, dimensions[path], how._replace(dtype=leaf.dtype) if exact else how)
         lazy = path[0] in modules and path not in merged
         out[path] = shard if lazy else shard.unbox()

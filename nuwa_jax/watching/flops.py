@@ -60,8 +60,9 @@ def model_flops(fn: Callable[..., Any], *abstract_args: Any) -> int:
 def products(jaxpr: core.Jaxpr, times: int = 1, recomputed: bool = False) -> Iterator[Product]:
     """Every product of a jaxpr and of those within it.
 
-    Of the branches of a `cond`, which includes those of `lax.platform_dependent`, the costliest
-    counts. A `shard_map`'s body counts once for every device of its manual axes.
+    Of the branches of a `cond` the costliest counts, of those of `lax.platform_dependent` the
+    default: the mathematics, without what a platform's kernel pads or its devices do twice. A
+    `shard_map`'s body counts once for every device of its manual axes.
 
     Raises:
       ValueError: a product stands in a `while` loop.
@@ -89,7 +90,10 @@ def _of_equation(equation: core.JaxprEqn, times: int, again: bool) -> Iterator[P
                 "runs: write it as lax.scan, or as lax.fori_loop with constant bounds under grad"
             )
     elif name == "cond":
-        branches = [list(products(b.jaxpr, times, again)) for b in params["branches"]]
+        bodies, platforms = params["branches"], params.get("branches_platforms") or ()
+        if None in platforms:  # the default
+            bodies = [bodies[platforms.index(None)]]
+        branches = [list(products(b.jaxpr, times, again)) for b in bodies]
         yield from max(branches, key=lambda found: sum(p.flops * p.times for p in found))
     elif name == "shard_map":
         mesh, manual = params["mesh"], params["newly_manual_axes"]

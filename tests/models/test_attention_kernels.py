@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from nuwa_jax.errors import UserError
 from nuwa_jax.models import attention, splash
 from nuwa_jax.models.attention import dot_product_attention, implementation
 from nuwa_jax.models.video_ldm import VideoLDM
+from nuwa_jax.watching.flops import model_flops
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = jax.default_backend() == "gpu"
@@ -130,6 +132,25 @@ def test_the_tpu_compiler_takes_the_kernel_under_a_mesh():
     assert found["attention"] == {"fwd": 2, "dq": 2, "dkv": 2, "host": 0}
     assert found["offload"].pop("host") > 0
     assert found["offload"]["fwd"] >= 3
+
+
+def test_kernels_that_take_no_mask_are_not_given_one(monkeypatch):
+    monkeypatch.setattr(attention, "_fits_cudnn", lambda query: True)
+    q, k = jnp.zeros((1, 4096, 1, 8)), jnp.zeros((1, 80, 1, 8))
+    mask = jnp.ones((1, 1, 1, 80), bool)
+    jaxpr = str(jax.make_jaxpr(partial(attention.dot_product_attention, mask=mask))(q, k, k))
+    assert "cudnn" not in jaxpr
+
+
+def test_the_arithmetic_of_large_attention_is_that_of_its_formula():
+    q = jnp.zeros((2, 1440, 3, 8))
+
+    def loss(q, k, v):
+        return attention.dot_product_attention(q, k, v).sum()
+
+    counted = model_flops(jax.grad(loss, argnums=(0, 1, 2)), q, q, q)
+    exact = 6 * 2 * q.size * 1440  # two products forward, four backward
+    assert exact <= counted < 1.01 * exact
 
 
 def test_another_platforms_kernel_is_refused():

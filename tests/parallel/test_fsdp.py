@@ -46,6 +46,15 @@ def test_several_phases_give_what_one_gives():
         assert error < 1e-5
 
 
+def test_what_is_summed_over_many_tokens_is_gathered_exact():
+    params = {"text": {"bytes": {"embedding": jnp.zeros((8, 4))}, "to_q": {"kernel": jnp.eye(4)}}}
+    split = {"text": {"bytes": {"embedding": 0}, "to_q": {"kernel": 1}}}
+    how = fsdp.Exchange(dtype=jnp.bfloat16, reduce_dtype=jnp.float32, rings=(None,))
+    text = fsdp.boxed(params, split, how, ["text"])["text"]
+    assert text["bytes"]["embedding"].how.dtype == jnp.float32
+    assert text["to_q"]["kernel"].how.dtype == jnp.bfloat16
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

@@ -89,7 +89,7 @@ def test_xla_counts_as_much_but_for_what_is_elementwise():
     assert 0.9 * theirs < ours <= theirs
 
 
-def test_loops_count_as_often_as_they_run_and_a_condition_as_its_costliest_branch():
+def test_loops_count_as_often_as_they_run_and_of_branches_the_costliest_or_default():
     w = array(4, 4)
 
     def loop(w):
@@ -103,7 +103,7 @@ def test_loops_count_as_often_as_they_run_and_a_condition_as_its_costliest_branc
     assert model_flops(condition, w) == 2 * 2 * 64
 
     def by_platform(w):
-        return jax.lax.platform_dependent(w, cpu=lambda w: w @ w, default=lambda w: w)
+        return jax.lax.platform_dependent(w, cpu=lambda w: w @ w @ w, default=lambda w: w @ w)
 
     assert model_flops(jax.jit(by_platform), w) == 2 * 64
 
