@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "flax>=0.12.8,<0.13",  # Linen modules
     "optax>=0.2.8,<0.3",  # AdamW, schedules, frozen partitions, accumulation
     "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints, whole and sharded
+    "etils[epath]>=1.15,<2",  # paths of Orbax, in folders and buckets alike
     "einops>=0.8.2,<0.9",  # reshapes that say what they mean
     "jaxtyping>=0.3.11,<0.4",  # shapes in signatures
     "numpy>=2.4,<3",  # everything on the host: drags, tracks, scenes

@@ -76,9 +76,9 @@ def step():
     )
     batch = jax.device_put(batch, batch_sharding(mesh))
     made = make_train_step(model, config, stage, mesh)
-    jitted = next(c.cell_contents for c in made.__closure__ if hasattr(c.cell_contents, "lower"))
+    traced = made.trace(state, batch, jnp.float32(0), jnp.float32(0))
     with use_mesh(mesh):
-        text = jitted.lower(state, batch, jnp.float32(0), jnp.float32(0)).compile().as_text()
+        text = traced.lower().compile().as_text()
     return {
         "collectives": collectives(text),
         "trained": [leaf.size for leaf in jax.tree.leaves(state.params)],
