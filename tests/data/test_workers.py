@@ -56,22 +56,22 @@ def wait_until_gone(pid):
         time.sleep(0.05)
 
 
-def test_a_signal_to_all_leaves_the_run_its_batches_until_it_closes_them(run):
+def test_a_signal_to_all_leaves_the_run_its_batches_until_it_closes_them_or_is_killed(run):
     (worker,) = run.do("draw")
     for number in (signal.SIGTERM, signal.SIGINT):
         os.killpg(run.process.pid, number)
         assert run.do("draw") == [worker]
     assert run.do("close") == []
     assert not alive(worker)
-
-
-@pytest.mark.parametrize("number", [None, signal.SIGKILL])
-def test_workers_end_with_a_run_that_closes_nothing(run, number):
     (worker,) = run.do("draw")
-    if number is None:
-        run.process.stdin.write("end\n")
-        run.process.stdin.flush()
-        assert run.process.wait(DEADLINE) == 0
-    else:
-        run.process.send_signal(number)
+    run.process.kill()
     wait_until_gone(worker)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_run_that_closes_nothing(run):
+    (worker,) = run.do("draw")
+    run.process.stdin.write("end\n")
+    run.process.stdin.flush()
+    assert run.process.wait(DEADLINE) == 0
+    assert not alive(worker)

@@ -18,13 +18,15 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # as a run, which goes on and is saved
     config = dataclasses.replace(SMALL, workers=1, prefetch=1)
-    batches = make_batches(config, seed=1, batch_size=1)
+    batches = None
     for line in sys.stdin:
         if line == "end\n":
             break
         if line == "draw\n":
+            batches = batches or make_batches(config, seed=1, batch_size=1)
             for _ in range(8):  # more than are made ahead
                 next(batches)
         else:
             batches.close()
+            batches = None
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
