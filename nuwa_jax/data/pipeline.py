@@ -7,7 +7,11 @@ state of the iteration. (Schedules of the config add what step that is: see `mak
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +87,8 @@ class Batches(Iterator[Batch]):
                 grain.MultiprocessingOptions(
                     num_workers=config.workers,
                     per_worker_buffer_size=max(1, config.prefetch // config.workers),
-                )
+                ),
+                worker_init_fn=_leave_signals,
             )
         if transfer is not None:
             stream = stream.map(lambda made: made._replace(batch=transfer(made.batch)))
@@ -289,6 +294,21 @@ class _Elements:
         rng = np.random.default_rng([self._seed, _FLIP_STREAM, index])
         flip = rng.random() < self._config.flip_probability
         return np.bool_(flip and _SIDES.search(caption) is None)
+
+
+def _leave_signals(_worker: int, _of: int) -> None:
+    """Makes a worker process live until the one that started it closes it, or is gone.
+
+    A signal to the whole group (Ctrl-C, scancel) is the run's affair, which still needs batches.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # it was killed: nobody takes batches any more, or says that it is over
+
+    threading.Thread(target=follow, name="follow", daemon=True).start()
 
 
 def _synthesise_drags(

@@ -19,6 +19,7 @@ import jax
 from jax._src import distributed
 
 from nuwa_jax.errors import UserError, report
+from nuwa_jax.leaving import leave
 from nuwa_jax.parallel.peers import Peers, last_words
 
 # (number of processes, rank) as launchers tell them: mpirun of Open MPI; srun; mpirun of MPICH,
@@ -172,7 +173,7 @@ def job(launch: Launch, environ: Mapping[str, str] | None = None) -> Iterator[in
                 peers.wait_for_verdict(error)
             code = report(error)
             peers.failed(error)
-            os._exit(code)  # an orderly end would wait for the others
+            leave(code)  # an orderly end would wait for the others
         peers.ending()
         jax.distributed.shutdown()
 

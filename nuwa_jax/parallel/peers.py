@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import multiprocessing
 import os
 import platform
 import signal
@@ -23,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax._src import distributed
+
+from nuwa_jax.leaving import kill_workers, leave
 
 # Exit code of a process that ended because another one was lost or failed: "try again" of
 # sysexits.h, so that a launcher can tell it from an error of the program's own.
@@ -130,11 +131,10 @@ class Peers:
             time.sleep(4 * self._period)  # the store ends with this process
 
     def _leave(self, text: str) -> None:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        kill_workers()
         faulthandler.dump_traceback(all_threads=True)
         _tell(self._farewell(text))
-        os._exit(LOST)
+        leave(LOST)
 
     def _farewell(self, text: str) -> str:
         return f"{self._name} ends because {text}; start the job again to go on"
@@ -173,9 +173,10 @@ def last_words(words: Callable[[], tuple[str, int] | None]) -> Iterator[None]:
         told = words()
         if told is None:
             libc.signal(number, None)  # SIG_DFL
+            kill_workers()
             return
         _tell(told[0])
-        os._exit(told[1])
+        leave(told[1])
 
     # Python's own handlers run in the main thread and after the abort, that is never.
     libc = ctypes.CDLL(None)

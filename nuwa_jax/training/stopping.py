@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from nuwa_jax.leaving import leave
+
 # How often a waiting main thread looks whether it is to stop, in seconds.
 _POLL = 0.1
 _left_behind: list[threading.Thread] = []
@@ -99,5 +101,5 @@ def exit_after(number: int) -> NoReturn:
     if any(thread.is_alive() for thread in _left_behind):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + number)
+        leave(128 + number)
     sys.exit(128 + number)

@@ -21,6 +21,8 @@ from nuwa_jax.errors import UserError
 _BUCKETS = ("gs://", "s3://")  # what Orbax writes to
 # Files that a run which goes on adds to.
 _KEPT = ("metrics.jsonl", "goodput.json", "non_finite.jsonl")
+_PART = ".part"  # ends the names of files that are about to replace another
+_PIECE = 1 << 20  # bytes
 
 
 class Workdir:
@@ -51,7 +53,9 @@ class Workdir:
         except (ValueError, ImportError) as error:
             raise UserError(f"{self.url} cannot be reached: {error}") from error
         self._scratch = tempfile.mkdtemp(prefix="nuwa_jax_run_")
-        self.local = Path(self._scratch)
+        self.local = Path(self._scratch) / "run"
+        self.local.mkdir()
+        self._frozen = Path(self._scratch) / "frozen"  # beside what is copied
         for name in _KEPT:
             if self._files.exists(f"{self._base}/{name}"):
                 self._files.get_file(f"{self._base}/{name}", str(self.local / name))
@@ -66,13 +70,36 @@ class Workdir:
             return
         with self._copying:
             for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
+                if path.suffix == _PART:
+                    continue
                 name = path.relative_to(self.local).as_posix()
-                state = _state(path)
-                if self._copied.get(name) != state:
+                state = self._snapshot(path, self._copied.get(name))
+                if state is not None:
                     target = f"{self._base}/{name}"
                     self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
-                    self._files.put_file(str(path), target)
+                    self._files.put_file(str(self._frozen), target)
                     self._copied[name] = state
+
+    def _snapshot(self, path: Path, known: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Copies a file, as it is now, to `_frozen`: it may grow or be replaced while it is sent.
+
+        Returns:
+          Its state; None if that is `known`, or there is no such file any more.
+        """
+        try:
+            with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                state = stat.st_mtime_ns, stat.st_size
+                if state == known:
+                    return None
+                with self._frozen.open("wb") as frozen:
+                    left = stat.st_size
+                    while left and (piece := file.read(min(left, _PIECE))):
+                        frozen.write(piece)
+                        left -= len(piece)
+        except FileNotFoundError:
+            return None
+        return state
 
     def close(self) -> None:
         """Copies what is left and removes the scratch folder."""

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from nuwa_jax.errors import UserError
+from absl import logging
+
 from nuwa_jax.watching.words import duration
 
 # step: the device computes, or the host prepares its next step. data: the device has nothing to do
@@ -40,15 +41,12 @@ class Goodput:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """Goes on with what `path` holds, if it is there.
+        """Goes on with what `path` holds, if it is there; what cannot be read is moved aside.
 
         Args:
           path: JSON file; None keeps nothing, as all processes but one do.
           clock: seconds of this process.
           wall: seconds since the epoch, comparable between processes.
-
-        Raises:
-          UserError: the file is not what this class writes.
         """
         self._path, self._clock, self._wall = None if path is None else Path(path), clock, wall
         self._phase, self._since = "other", clock()
@@ -127,7 +125,10 @@ class Goodput:
         )
         part = self._path.with_suffix(".part")
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text + "\n")
+        with part.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a host that fails may leave the new name of an empty file
         os.replace(part, self._path)
 
     def __str__(self) -> str:
@@ -149,12 +150,20 @@ class Goodput:
     def _read(self, path: Path) -> None:
         try:
             found: Mapping = json.loads(path.read_text())
-            self._seconds = {name: float(found["seconds"][name]) for name in self._seconds}
-            self.down = float(found["down"]) + max(0.0, self._wall() - found["noted"])
-            self.starts = int(found["starts"]) + 1
-            self._steps_at = [((i, n), float(s)) for i, n, s in found["checkpoints"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} should be what earlier processes of this run noted of their time, but it "
-                f"cannot be read ({error!r}): delete it to count from now on"
-            ) from error
+            seconds = {name: float(found["seconds"][name]) for name in self._seconds}
+            down = float(found["down"]) + max(0.0, self._wall() - found["noted"])
+            starts = int(found["starts"]) + 1
+            steps_at = [((i, n), float(s)) for i, n, s in found["checkpoints"]]
+        except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
+            # Not worth a run that does not start: nothing that is trained depends on it.
+            aside = path.with_name(path.name + ".damaged")
+            os.replace(path, aside)
+            logging.warning(
+                "%s should be what earlier processes of this run noted of their time, but it "
+                "cannot be read (%r): it is %s now, and time is counted anew",
+                path,
+                error,
+                aside.name,
+            )
+            return
+        self._seconds, self.down, self.starts, self._steps_at = seconds, down, starts, steps_at

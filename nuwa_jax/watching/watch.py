@@ -49,7 +49,7 @@ class RunWatch:
           write: whether this process is the one that writes what all share.
 
         Raises:
-          UserError: an entry of the config makes no sense, or goodput.json cannot be read.
+          UserError: an entry of the config makes no sense.
         """
         self.train, self.workdir, self.say, self.write = train, Path(workdir), say, write
         if train.slow_hosts_every < 0 or not train.slow_host_ratio > 1:

@@ -21,12 +21,14 @@ from pathlib import Path
 import jax
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.leaving import leave
 
 EXIT_STALLED = 124  # as of timeout(1)
 # By default a step may take this many times the median of those before it, but not less than:
 SLACK = 10.0
 FLOOR_SECONDS = 300.0
 _REMEMBERED = 64  # steps of which the median is taken
+WRITE_SECONDS = 5.0  # that the file of stacks may take
 
 
 class Watchdog:
@@ -77,15 +79,18 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """A step has ended and the next begins; `doing` names it in what is told."""
+        went_on = ""
         with self._changed:
             now = time.monotonic()
             if self._since is not None:
                 taken = now - self._since
                 self._durations.append(taken)
                 if self._told:
-                    _say(f"watchdog: {self._doing} went on after {taken:.0f} s")
+                    went_on = f"watchdog: {self._doing} went on after {taken:.0f} s"
             self._doing, self._since, self._told = doing, now, 0.0
             self._changed.notify()
+        if went_on:
+            _say(went_on)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -109,6 +114,10 @@ class Watchdog:
             self._changed.notify()
 
     def __enter__(self) -> Watchdog:
+        self._process = jax.process_index()
+        self._who = (
+            f"process {self._process} of {jax.process_count()} on host {socket.gethostname()}"
+        )
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -120,6 +129,16 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
+        while (late := self._wait_for_late()) is not None:
+            since, what = late
+            # Without the lock: what is written to may hang, and a step that goes on must not.
+            self._tell(what)
+            if self._abort and self._still(since):
+                _say(f"watchdog: {self._who} ends, exit code {EXIT_STALLED}")
+                leave(EXIT_STALLED)  # nothing else ends a process whose main thread hangs
+
+    def _wait_for_late(self) -> tuple[float, str] | None:
+        """When the step began that takes too long, and what to tell of it; None at the end."""
         with self._changed:
             while not self._ended:
                 if self._since is None or self._paused:
@@ -132,25 +151,44 @@ class Watchdog:
                     self._changed.wait(due - taken)
                     continue
                 self._told = taken
-                self._tell(taken)
+                return self._since, (
+                    f"watchdog: {self._who}: {self._doing} has taken {taken:.0f} s, it may take "
+                    f"{self.limit:.0f} s"
+                )
+            return None
 
-    def _tell(self, taken: float) -> None:
-        process, host = jax.process_index(), socket.gethostname()
-        what = (
-            f"watchdog: process {process} of {jax.process_count()} on host {host}: {self._doing} "
-            f"has taken {taken:.0f} s, it may take {self.limit:.0f} s"
+    def _still(self, since: float) -> bool:
+        """Whether the step that began then is still the one that is watched."""
+        with self._changed:
+            return not (self._ended or self._paused) and self._since == since
+
+    def _tell(self, what: str) -> None:
+        """Writes all threads' stacks to stderr, then to the file, which may be on what hangs."""
+        path = self._folder / f"stacks_{self._process}.txt"
+        _say(f"{what}; stacks of all threads, also in {path}:")
+        faulthandler.dump_traceback(2)
+        failure: list[str] = []
+        writer = threading.Thread(
+            target=_write_stacks, args=(path, what, failure), name="stacks", daemon=True
         )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"stacks_{process}.txt"
+        writer.start()
+        writer.join(WRITE_SECONDS)
+        if writer.is_alive():
+            failure = [f"its disk has not answered for {WRITE_SECONDS:g} s"]
+        if failure:
+            _say(f"watchdog: the stacks are not in {path}: {failure[0]}")
+
+
+def _write_stacks(path: Path, what: str, failure: list[str]) -> None:
+    """Adds all threads' stacks to a file; an error is put into `failure`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        _say(f"{what}; stacks of all threads, also in {path}:")
-        faulthandler.dump_traceback(2)
-        if self._abort:
-            _say(f"watchdog: process {process} on host {host} ends, exit code {EXIT_STALLED}")
-            os._exit(EXIT_STALLED)  # nothing else ends a process whose main thread hangs
+    except OSError as error:
+        failure.append(str(error))
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from nuwa_jax.errors import UserError
 from nuwa_jax.watching.goodput import Goodput
 
 
@@ -95,7 +94,29 @@ def test_a_later_stage_keeps_the_steps_of_those_before(tmp_path):
     assert (again.seconds["step"], again.seconds["lost"]) == (5, 2)
 
 
-def test_a_file_that_is_something_else_is_told(tmp_path):
-    (tmp_path / "goodput.json").write_text(json.dumps({"seconds": {}}))
-    with pytest.raises(UserError, match="goodput.json should be .* delete it"):
-        make(tmp_path, Clock())
+@pytest.mark.parametrize("text", ["", '{"seconds": {}}', "[]", "half of it"])
+def test_a_file_that_cannot_be_read_is_moved_aside_and_told(tmp_path, caplog, text):
+    clock, file = Clock(), tmp_path / "goodput.json"
+    file.write_text(text)
+    with caplog.at_level("WARNING", logger="absl"):
+        goodput = make(tmp_path, clock)
+    assert "goodput.json.damaged now" in caplog.text
+    assert (tmp_path / "goodput.json.damaged").read_text() == text and not file.exists()
+    assert goodput.starts == 1 and goodput.down == 0
+    with goodput.phase("step"):
+        clock.now += 5
+    goodput.note()
+    again = make(tmp_path, clock)
+    assert again.starts == 2 and again.seconds["step"] == 5
+
+
+def test_half_of_a_file_counts_for_nothing(tmp_path):
+    clock, file = Clock(), tmp_path / "goodput.json"
+    goodput = make(tmp_path, clock)
+    with goodput.phase("step"):
+        clock.now += 5
+    goodput.note()
+    found = json.loads(file.read_text())
+    del found["checkpoints"]
+    file.write_text(json.dumps(found))
+    assert sum(make(tmp_path, clock).seconds.values()) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.watching import watchdog as watchdog_module
 from nuwa_jax.watching.watchdog import EXIT_STALLED, FLOOR_SECONDS, SLACK, Watchdog
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,14 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, but nobody has asked for its exit code
 
 
 def test_a_step_that_takes_too_long_is_told_with_all_stacks(tmp_path, capfd):
@@ -78,8 +87,11 @@ def test_a_negative_limit_is_refused(tmp_path):
 
 def test_a_process_that_hangs_can_be_ended(tmp_path):
     program = f"""
-import threading
+import multiprocessing, threading, time
 from nuwa_jax.watching.watchdog import Watchdog
+worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
+worker.start()
+print(worker.pid, flush=True)
 with Watchdog({str(tmp_path)!r}, seconds=0.2, abort=True) as watchdog:
     watchdog.beat("step 3 of stage flow")
     threading.Event().wait({DEADLINE})
@@ -91,3 +103,40 @@ with Watchdog({str(tmp_path)!r}, seconds=0.2, abort=True) as watchdog:
     assert "step 3 of stage flow has taken" in done.stderr
     assert f"exit code {EXIT_STALLED}" in done.stderr
     assert "threading.py" in (tmp_path / "stacks_0.txt").read_text()
+    wait_for(lambda: not alive(int(done.stdout)))
+
+
+def test_a_disk_that_fails_does_not_end_the_watchdog(tmp_path, capfd):
+    (tmp_path / "stacks").write_text("a file where a folder should be")
+    shown = ""
+    with Watchdog(tmp_path / "stacks", seconds=0.1) as watchdog:
+        for step in (7, 8):
+            watchdog.beat(f"step {step}")
+            end = time.monotonic() + DEADLINE
+            while f"step {step} has taken" not in shown or shown.count("are not in") < step - 6:
+                assert time.monotonic() < end, shown
+                time.sleep(0.01)
+                shown += capfd.readouterr().err
+    assert "File exists" in shown or "Not a directory" in shown
+
+
+def test_a_disk_that_hangs_holds_up_neither_the_steps_nor_the_end(tmp_path, capfd, monkeypatch):
+    release, codes = threading.Event(), []
+    monkeypatch.setattr(watchdog_module, "WRITE_SECONDS", 1.0)
+    monkeypatch.setattr(watchdog_module, "_write_stacks", lambda *_: release.wait(DEADLINE))
+    monkeypatch.setattr(watchdog_module, "leave", codes.append)
+    shown = ""
+    with Watchdog(tmp_path, seconds=0.1, abort=True) as watchdog:
+        watchdog.beat("step 7")
+        end = time.monotonic() + DEADLINE
+        while "step 7 has taken" not in shown:
+            assert time.monotonic() < end, shown
+            time.sleep(0.01)
+            shown += capfd.readouterr().err
+        watchdog.beat("step 8")  # while the file is being written: not held up
+        wait_for(lambda: codes)
+    release.set()
+    shown += capfd.readouterr().err
+    assert codes[0] == EXIT_STALLED and "has not answered" in shown
+    assert shown.index("step 7 has taken") < shown.index("step 8 has taken")
+    assert shown.index("went on after") < shown.index("has not answered")
