@@ -266,7 +266,7 @@ def test_hosts_that_see_other_checkpoints_are_refused_before_any_is_read(finishe
     monkeypatch.setattr(StageCheckpoints, "last", lambda *args: pytest.fail())
     with pytest.raises(UserError, match="wait until all hosts see the same files"):
         train(get_config(), finished)
-    assert asked == [("the checkpoints of stage autoencoder", {"steps": [6, 4]})]
+    assert asked == [("the checkpoints of stage autoencoder", {"steps": [6, 3]})]
 
 
 def test_schedules_begin_with_their_stage_also_where_a_run_goes_on(tmp_path, monkeypatch):
