@@ -22,9 +22,12 @@ MAY_IMPORT = {
     "data": {"errors", "motion"},
     "models": {"errors"},
     "diffusion": set(),
-    "watching": {"errors"},
-    "parallel": {"errors", "data", "models"},
-    "training": {"errors", "motion", "data", "models", "diffusion", "parallel", "watching"},
+    "leaving": set(),
+    "watching": {"errors", "leaving"},
+    "parallel": {"errors", "leaving", "data", "models"},
+    "training": {
+        *("errors", "leaving", "motion", "data", "models", "diffusion", "parallel", "watching"),
+    },
     "generation": {
         *("errors", "motion", "data", "models", "diffusion", "parallel", "training"),
         "tensor_files",

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs: what is stored, where, and what may be resumed with what.
+"""Checkpoints of training runs: what is stored, and where.
 
     workdir/stages/<NN_name>/<step>/   one directory per checkpoint, committed as a whole:
       model/      all parameters, those in training as their running average: what is sampled from
@@ -13,10 +13,9 @@ certain once that is reported. This is the only module that knows Orbax.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
-import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -33,43 +32,13 @@ from nuwa_jax import __version__
 from nuwa_jax.errors import UserError
 from nuwa_jax.training.commit import source_commit
 from nuwa_jax.training.curriculum import Params, Stage, partition_for
-from nuwa_jax.training.manifest import committed_steps, find_damage, write_manifest
+from nuwa_jax.training.manifest import committed_steps, find_damage, later_folders, write_manifest
 from nuwa_jax.training.state import TrainState
 from nuwa_jax.training.workdir import checkpoint_root
 
-# Changing these changes when things are shown, stored or how fast they come, not what is learnt.
-# Prepared clips are known by their contents (`Meta.clips`) and not by where they lie.
-FREE_KEYS = (
-    "sampling",
-    "mesh",
-    "model.attention",
-    "model.unet.remat",
-    "data.threads",
-    "data.workers",
-    "data.prefetch",
-    "data.prefetch_to_device",
-    "data.clips",
-    "data.sources[].path",
-    "data.max_replaced_share",
-    "data.allow_changed_clips",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.keep_every",
-    "train.sample_every",
-    "train.allow_changed_batch_size",
-    "train.compile_cache",
-    "train.non_finite",
-    "train.peak_flops",
-    "train.profile_steps",
-    "train.slow_host_ratio",
-    "train.slow_hosts_every",
-    "train.use_previous_checkpoint",
-    "train.watchdog_abort",
-    "train.watchdog_seconds",
-)
-# What `train.allow_changed_batch_size` lets a run change on its way.
-_BATCH_KEYS = re.compile(r"stages\.[^.]+\.batch_size|train\.accumulate")
+# Of a whole save, in which process 0 also reads all of it again for the manifest, while the others
+# wait: Orbax's 20 minutes are too few for a large model in a bucket. In seconds.
+_SAVE_TIMEOUT = 4 * 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +119,9 @@ class StageCheckpoints:
         self._before_commit, self._saved = before_commit, saved
         self._reporter = ThreadPoolExecutor(1, "report_saved")
         self._save: Future[None] | None = None
-        self._saving = 0  # step of the checkpoint that is being written
+        # Step of the checkpoint that is being written, and what becomes of it.
+        self._saving, self._outcome = 0, Future[None]()
+        self._broken = False  # `_describe` has failed
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -159,7 +130,9 @@ class StageCheckpoints:
                 create=self._writing,
                 # What was being written when a run was killed.
                 cleanup_tmp_directories=self._writing,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._describe),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_SAVE_TIMEOUT, post_finalization_callback=self._describe
+                ),
             ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
@@ -175,26 +148,35 @@ class StageCheckpoints:
         has ended, only what is read here.
 
         Args:
-          use_previous: delete newest checkpoints until one is whole.
+          use_previous: delete newest checkpoints until one is whole; not where a later stage has
+            gone on from them.
 
         Raises:
           DamagedCheckpoint: it is damaged or half-written.
         """
-        for step in committed_steps(str(self._folder)):
+        for step in self.steps():
             try:
                 meta = self.meta(step)
                 if not meta.done:
                     self.verify(step)
                 return meta
             except DamagedCheckpoint:
-                if not use_previous:
+                if not use_previous or self.later():
                     raise
                 self.discard(step)
         return None
 
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, newest first."""
+        return committed_steps(str(self._folder))
+
+    def later(self) -> list[str]:
+        """Labels of the later stages that have checkpoints."""
+        return later_folders(str(self._folder))
+
     def latest(self) -> int | None:
         """Step of the newest checkpoint."""
-        return next(iter(committed_steps(str(self._folder))), None)
+        return next(iter(self.steps()), None)
 
     def meta(self, step: int) -> Meta:
         """What the checkpoint of `step` says of itself.
@@ -232,8 +214,14 @@ class StageCheckpoints:
             raise unreadable
         if fault is None:
             return
-        before = [found for found in committed_steps(str(self._folder)) if found < step]
+        before = [found for found in self.steps() if found < step]
         previous = f"that of step {before[0]}" if before else "the start of the stage"
+        if later := self.later():
+            raise DamagedCheckpoint(
+                f"checkpoint {folder} is damaged: {fault}. Put it back from a copy; it is not "
+                f"deleted, whatever train.use_previous_checkpoint says, because {', '.join(later)} "
+                "went on from it: to train from before it, move those folders away first"
+            )
         raise DamagedCheckpoint(
             f"checkpoint {folder} is damaged: {fault}. Put it back from a copy, or let train.py "
             f"delete it and go on from {previous} with "
@@ -255,7 +243,7 @@ class StageCheckpoints:
         When this returns, the state's buffers may be given away.
         """
         self._finish()
-        self._saving = meta.step
+        self._saving, self._outcome = meta.step, Future()
         model, training = _to_be_written((state.all_ema(), _training_part(state)))
         self._manager.save(
             meta.step,
@@ -266,7 +254,8 @@ class StageCheckpoints:
             ),
             force=True,
         )
-        self._save = self._reporter.submit(self._report, meta.step)
+        self._save = self._outcome
+        self._reporter.submit(self._report, meta.step, self._save)
 
     def check(self) -> None:
         """Raises what has gone wrong in the background."""
@@ -306,8 +295,10 @@ class StageCheckpoints:
         try:
             self._finish()
         finally:
-            self._reporter.shutdown()
-            self._manager.close()
+            # Or it would wait for the other hosts, which wait for the commit that has failed here.
+            if not (self._broken and jax.process_count() > 1):
+                self._reporter.shutdown()
+                self._manager.close()
 
     def __enter__(self) -> StageCheckpoints:
         return self
@@ -316,18 +307,33 @@ class StageCheckpoints:
         self.close()
 
     def _describe(self) -> None:
-        """On the first host, between a checkpoint's last file and its commit."""
-        folder = self._folder / str(self._saving)
-        if not folder.exists():  # as on disks, where it gets its name by the commit
-            (folder,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_manifest(str(folder))
-        if self._before_commit is not None:
-            self._before_commit()
+        """On the first host, between a checkpoint's last file and its commit.
 
-    def _report(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        if self._saved is not None:
-            self._saved(step)
+        Orbax would tell of a failure here only when all hosts have come, who wait for this one.
+        """
+        folder = self._folder / str(self._saving)
+        try:
+            if not folder.exists():  # as on disks, where it gets its name by the commit
+                (folder,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            write_manifest(str(folder))
+            if self._before_commit is not None:
+                self._before_commit()
+        except BaseException as error:
+            print(f"error: {folder} was not saved: {error!r}", file=sys.stderr, flush=True)
+            self._broken = True
+            self._outcome.set_exception(error)
+            raise
+
+    def _report(self, step: int, outcome: Future[None]) -> None:
+        try:
+            self._manager.wait_until_finished()
+            if self._saved is not None:
+                self._saved(step)
+        except BaseException as error:  # raised again by `check` and `close`
+            if not outcome.done():
+                outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
 
     def _finish(self) -> None:
         save, self._save = self._save, None
@@ -365,11 +371,6 @@ def load_final(workdir: str | os.PathLike[str], stage: str | None = None) -> Loa
     )
 
 
-def plain_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as it comes back from JSON: tuples are lists, references are values."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
 def origin(mesh: dict[str, int]) -> dict[str, Any]:
     """The entries of `Meta` that say what computed it, of this process on a mesh of such sizes."""
     return {
@@ -384,39 +385,6 @@ def origin(mesh: dict[str, int]) -> dict[str, Any]:
             "device": jax.devices()[0].device_kind,
         },
     }
-
-
-def check_same_run(config: ml_collections.ConfigDict, meta: Meta, workdir: object) -> None:
-    """Refuses to go on with a checkpoint under a config that would have made another one.
-
-    Stages after the checkpoint's may still be changed, and so may `FREE_KEYS`; with
-    `train.allow_changed_batch_size` also how many clips a step takes, and in how many parts.
-
-    Raises:
-      UserError: names the keys that differ, preset first, and says what to do.
-    """
-    now, then = (_relevant(c, meta.index) for c in (plain_config(config), meta.config))
-    differing = [key for key in now | then if now.get(key, _ABSENT) != then.get(key, _ABSENT)]
-    of_batches = all(_BATCH_KEYS.fullmatch(key) for key in differing)
-    if not differing or (of_batches and config.train.allow_changed_batch_size):
-        return
-    order = ("preset", "seed", "model.", "data.", "curriculum", "stages.")
-    rank = lambda key: next((i for i, p in enumerate(order) if key.startswith(p)), len(order))  # noqa: E731
-    differing.sort(key=lambda key: (rank(key), key))
-    shown = [
-        f"{key}: checkpoint {then.get(key, _ABSENT)}, config {now.get(key, _ABSENT)}"
-        for key in differing[:4]
-    ]
-    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-    raise UserError(
-        f"{workdir} was trained with another config ({'; '.join(shown)}{more}): use the config it "
-        "was started with (its config.json) to go on, or another --workdir to start anew"
-        + (
-            "; or go on at the same data position with other batches, by "
-            "--config.train.allow_changed_batch_size=true"
-        )
-        * of_batches
-    )
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:
@@ -446,38 +414,3 @@ def _copy(tree: Any) -> Any:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-_ABSENT = _Absent()
-
-
-def _relevant(config: dict[str, Any], index: int) -> dict[str, Any]:
-    """Dotted keys and values that shaped a checkpoint of the curriculum's stage `index`."""
-    reached = list(config["curriculum"])[: index + 1]
-    config = {
-        **config,
-        "curriculum": reached,
-        "stages": {name: config["stages"].get(name, {}) for name in reached},
-    }
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, path: str) -> None:
-        name = re.sub(r"\[\d+\]", "[]", path)
-        if any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS):
-            return
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{path}.{key}" if path else key)
-        elif isinstance(node, list) and any(isinstance(each, dict) for each in node):
-            for number, each in enumerate(node):
-                walk(each, f"{path}[{number}]")
-        else:
-            flat[path] = node
-
-    walk(config, "")
-    return flat

@@ -21,7 +21,7 @@ from nuwa_jax.data.device import to_device
 from nuwa_jax.data.pipeline import Batches, make_batches
 from nuwa_jax.data.tokenizer import tokenizer_of
 from nuwa_jax.data.video import write_video
-from nuwa_jax.errors import UserError
+from nuwa_jax.errors import StoppedBySignal, UserError
 from nuwa_jax.models.video_ldm import VideoLDM
 from nuwa_jax.parallel.agreement import Agreement, check_same, check_same_program
 from nuwa_jax.parallel.mesh import (
@@ -39,9 +39,7 @@ from nuwa_jax.training.checkpoint import (
     DamagedCheckpoint,
     Meta,
     StageCheckpoints,
-    check_same_run,
     origin,
-    plain_config,
 )
 from nuwa_jax.training.curriculum import (
     LATENTS,
@@ -54,6 +52,7 @@ from nuwa_jax.training.curriculum import (
 from nuwa_jax.training.optim import DECAYS, learning_rate, make_optimizer
 from nuwa_jax.training.precomputed import check_encoders
 from nuwa_jax.training.progress import Progress
+from nuwa_jax.training.same_config import check_same_run, plain_config
 from nuwa_jax.training.state import TrainState, init_state
 from nuwa_jax.training.step import init_key, make_train_step
 from nuwa_jax.training.stopping import Stop, Stopped, stop_requested
@@ -90,8 +89,14 @@ def train(
 
     On one platform, a run that was stopped or killed at any point and started again gives bit for
     bit the numbers of one that was not, but for stages with a time budget, whose length depends
-    on the clock. SIGTERM and SIGINT save a checkpoint after the running step and end the run; they
-    do not wait for samples or, where this process has not trained yet, for anything.
+    on the clock. SIGTERM and SIGINT save a checkpoint after the running step and end the run.
+
+    A process alone does not wait then for samples; nor, before a stage's first step is done, for
+    reading checkpoints or compiling, as nothing is lost. It does wait for the step, for the
+    calibration of latents at the end of an autoencoder's stage, whose last steps are in no
+    checkpoint until then, and for writing. Of several processes, the one that is signalled before
+    a stage's first step is done ends at once, and the others because it did; later all stop at the
+    same step, after samples that are being made.
 
     Args:
       config: of a file in configs/.
@@ -104,6 +109,8 @@ def train(
     Raises:
       UserError: the config makes no sense, is not that of the checkpoints in `workdir`, or
         `initial` does not fit the model.
+      StoppedBySignal: this is one of several processes, and a signal came before a stage's first
+        step was done.
       nuwa_jax.watching.non_finite.NonFiniteError: a step was not finite, or too many in a row,
         as `config.train.non_finite` says.
     """
@@ -146,32 +153,41 @@ class _Run:
         # which placed parameters need not be, and no stage that takes latents trains an encoder.
         self.encoders_checked = False
         self.signal: int | None = None  # by which all processes stop
+        # What the next stage starts from; its first reader takes it, as it fills a device's memory.
+        self.params: Params | None = None
 
     def run_stages(self, stop: Stop) -> Result:
         """Trains what is left of the curriculum."""
         config = self.config
-        params, before = None, None
+        before = None
         for stage in self.stages:
             with self.checkpoints(stage) as checkpoints:
-                meta = checkpoints.last(config.train.use_previous_checkpoint)
-                if meta is not None:
-                    check_same_run(config, meta, self.workdir)
-                if meta is None or not meta.done:
-                    try:
-                        if params is None:
-                            params = stop.call(self.params_before, stage)
+                # Or hosts would wait for each other in collectives that not all of them enter.
+                check_same(
+                    f"the checkpoints of stage {stage.name}",
+                    {"steps": checkpoints.steps()},
+                    "wait until all hosts see the same files and start again",
+                )
+                try:
+                    # Between stages a signal is left to what the hosts agree on.
+                    call = stop.call if self.params is None else lambda f, *args: f(*args)
+                    meta = call(checkpoints.last, config.train.use_previous_checkpoint)
+                    if meta is not None:
+                        check_same_run(config, meta, self.workdir)
+                    if meta is None or not meta.done:
+                        if self.params is None:
+                            self.params = stop.call(self.params_before, stage)
                             for coming in self.stages[stage.index :]:
-                                partition_for(coming, params)  # now rather than hours from now
-                        meta, params = self.run_stage(
-                            stage, checkpoints, meta, params, before, stop
-                        )
-                    except Stopped:  # before anything was trained that is not in a checkpoint
-                        if jax.process_count() > 1:  # the others may not have had the signal
-                            raise UserError(
-                                f"signal {stop.signal} came before stage {stage.name} went on, so "
-                                "nothing is lost: start the job again to go on"
-                            ) from None
-                        return Result(stage.name, meta.step if meta else 0, stop.signal)
+                                partition_for(coming, self.params)  # rather than hours from now
+                        meta, self.params = self.run_stage(stage, checkpoints, meta, before, stop)
+                except Stopped:  # before anything was trained that is not in a checkpoint
+                    if jax.process_count() > 1:  # the others may not have had the signal
+                        raise StoppedBySignal(
+                            stop.signal,
+                            f"signal {stop.signal} came before stage {stage.name} went on, so "
+                            "nothing is lost: start the job again to go on",
+                        ) from None
+                    return Result(stage.name, checkpoints.latest() or 0, stop.signal)
                 if not meta.done:
                     return Result(stage.name, meta.step, self.signal)
                 before = meta
@@ -193,7 +209,7 @@ class _Run:
             try:
                 return jax.device_get(checkpoints.restore_params(step))
             except DamagedCheckpoint as error:
-                if not self.config.train.use_previous_checkpoint:
+                if not self.config.train.use_previous_checkpoint or checkpoints.later():
                     raise
                 checkpoints.discard(step)
                 raise UserError(f"{error}; that is done now: run again to go on") from error
@@ -214,17 +230,18 @@ class _Run:
         stage: Stage,
         checkpoints: StageCheckpoints,
         meta: Meta | None,
-        params: Params,
         before: Meta | None,
         stop: Stop,
     ) -> tuple[Meta, Params]:
         """Trains a stage to its end, or until `stop`; returns its last checkpoint's contents.
 
-        `meta` is of the stage's own last checkpoint, `before` of the stage before it.
+        `meta` is of the stage's own last checkpoint, `before` of the stage before it. Takes
+        `self.params`, and lets go of them when the stage's own are placed and checked.
 
         Raises:
           Stopped: before the first step was done.
         """
+        params, self.params = self.params, None
         position = before.position if before else 0
         last = meta or before
         begin = last and (last.index, last.step)
@@ -277,6 +294,7 @@ class _Run:
         if batches.encoders and not self.encoders_checked:
             check_encoders(params, batches.encoders)
             self.encoders_checked = True
+        del params
         meta = dataclasses.replace(meta, clips=batches.fingerprint)
         check_same(
             f"what stage {stage.name} starts from",

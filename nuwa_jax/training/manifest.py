@@ -52,6 +52,16 @@ def committed_steps(folder: str) -> list[int]:
     return sorted(steps, reverse=True)
 
 
+def later_folders(folder: str) -> list[str]:
+    """Names of the folders beside one that come after it in order and have checkpoints."""
+    parent, _, own = folder.rstrip("/").rpartition("/")
+    files, base = _open(parent)
+    if not files.isdir(base):
+        return []
+    names = [entry.rstrip("/").rpartition("/")[2] for entry in files.ls(base, detail=False)]
+    return [name for name in sorted(names) if name > own and committed_steps(f"{parent}/{name}")]
+
+
 def find_damage(
     folder: str, items: Sequence[str] = (), shard: int = 0, num_shards: int = 1
 ) -> str | None:

@@ -173,6 +173,23 @@ def test_a_stage_does_not_begin_on_a_damaged_end_of_the_one_before(runs, tmp_pat
     assert rows(workdir)[:6] == rows(runs / "whole")
 
 
+def test_a_checkpoint_that_a_later_stage_went_on_from_is_never_deleted(runs, tmp_path):
+    workdir = shutil.copytree(runs / "whole", tmp_path / "run")
+    shutil.copytree(workdir / "stages/00_drag/4", workdir / "stages/01_flow/4")
+    config = drag_config(use_previous_checkpoint=True)
+    config.curriculum = ("drag", "flow")
+    end = workdir / "stages/00_drag/6"
+    for item in ("model", "meta"):  # found when the next stage needs it; when the stage is opened
+        path = values_file(end, item)
+        path.write_bytes(path.read_bytes()[:-1])
+        told = f"00_drag/6 is damaged: {item}/.*not deleted.* 01_flow went on from it"
+        with StageCheckpoints(workdir, "01_flow") as checkpoints:
+            assert checkpoints.steps() == [4]
+        with pytest.raises(DamagedCheckpoint, match=told):
+            train(config, workdir)
+        assert end.exists()
+
+
 def test_what_a_killed_run_was_writing_is_cleared_away(dead, runs):
     half = dead / "stages/00_drag/6.orbax-checkpoint-tmp"
     (half / "model").mkdir(parents=True)
@@ -289,6 +306,40 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_and_is_not_reported
     assert not reported
     with StageCheckpoints(tmp_path, "00_drag", keep=1) as checkpoints:
         assert checkpoints.last() is None
+
+
+def test_a_commit_that_fails_is_known_before_the_other_hosts_learn_of_it(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    finalize, release = ocp.CheckpointManager._finalize, threading.Event()
+
+    def wait_for_others(manager, *args):
+        try:
+            finalize(manager, *args)
+        finally:
+            release.wait(DEADLINE)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize", wait_for_others)
+    state, _, _ = large_state()
+    checkpoints = StageCheckpoints(tmp_path, "00_drag", keep=1, before_commit=full)
+    try:
+        checkpoints.save(state, meta_of(1))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(state, meta_of(2))  # which waits for the first
+    finally:
+        release.set()
+    with monkeypatch.context() as patch:  # nor does it wait for them in the end
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoints._manager, "close", pytest.fail)
+        checkpoints.close()
+    with pytest.raises(OSError, match="No space left"):  # Orbax tells each thread once
+        checkpoints.close()
+
+
+def test_a_save_may_take_hours(tmp_path):
+    with StageCheckpoints(tmp_path, "00_drag", keep=1) as checkpoints:
+        assert checkpoints._manager._options.async_options.timeout_secs == 4 * 3600
 
 
 def test_another_batch_size_goes_on_at_the_next_clip_if_it_is_allowed(dead, monkeypatch):

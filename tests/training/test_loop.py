@@ -1,7 +1,9 @@
+import gc
 import json
 import os
 import signal
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ from nuwa_jax.data.video import read_video
 from nuwa_jax.errors import UserError
 from nuwa_jax.generation.stage_samples import StageSamples
 from nuwa_jax.models.video_ldm import VideoLDM, to_float
-from nuwa_jax.training.checkpoint import load_final
+from nuwa_jax.training.checkpoint import StageCheckpoints, load_final
 from nuwa_jax.training.curriculum import stages_from_config
-from nuwa_jax.training.loop import train
+from nuwa_jax.training.loop import _Run, train
 from nuwa_jax.training.optim import make_optimizer
 from nuwa_jax.training.state import init_state
 from nuwa_jax.training.step import make_train_step
@@ -231,6 +233,40 @@ def test_elements_are_never_seen_twice_in_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("nuwa_jax.training.loop.make_batches", spy)
     train(config, tmp_path)
     assert starts == [(0, 2), (12, 3), (30, 2)]
+
+
+def test_a_stage_lets_go_of_what_it_started_from(tmp_path, monkeypatch):
+    given, alive, run_stage = [], [], _Run.run_stage
+
+    def spy(run, stage, *args):
+        given[:] = [weakref.ref(leaf) for leaf in jax.tree.leaves(run.params)]
+        return run_stage(run, stage, *args)
+
+    def draw(batches, _):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in given))
+        return next(batches)
+
+    monkeypatch.setattr(_Run, "run_stage", spy)
+    watch(monkeypatch, draw)
+    train(short_config(), tmp_path)
+    assert given and not any(alive)
+    assert len(alive) == 12
+
+
+def test_hosts_that_see_other_checkpoints_are_refused_before_any_is_read(finished, monkeypatch):
+    asked = []
+
+    def differ(what, mine, mend):
+        asked.append((what, mine))
+        if "checkpoints" in what:
+            raise UserError(mend)
+
+    monkeypatch.setattr("nuwa_jax.training.loop.check_same", differ)
+    monkeypatch.setattr(StageCheckpoints, "last", lambda *args: pytest.fail())
+    with pytest.raises(UserError, match="wait until all hosts see the same files"):
+        train(get_config(), finished)
+    assert asked == [("the checkpoints of stage autoencoder", {"steps": [6, 3]})]
 
 
 def test_schedules_begin_with_their_stage_also_where_a_run_goes_on(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from fake_model import FakeModel
 from micro_config import get_config
 
+from nuwa_jax.errors import StoppedBySignal, report
 from nuwa_jax.models.video_ldm import VideoLDM
 from nuwa_jax.training.checkpoint import StageCheckpoints, load_final
 from nuwa_jax.training.loop import train
@@ -103,6 +104,47 @@ def test_sigterm_while_compiling_leaves_at_once_with_the_checkpoint_there_is(
     with StageCheckpoints(tmp_path, "00_drag") as checkpoints:
         assert checkpoints.latest() == 3
     assert train(drag_config, tmp_path).step == 6
+
+
+def test_sigterm_while_a_checkpoint_is_compared_ends_at_once(tmp_path, drag_config, monkeypatch):
+    drag_config.stages.drag.steps = 2
+    train(drag_config, tmp_path)
+    release = threading.Event()
+
+    def last(*args):
+        send_sigterm()
+        release.wait(DEADLINE)
+
+    monkeypatch.setattr(StageCheckpoints, "last", last)
+    try:
+        result = train(drag_config, tmp_path)
+    finally:
+        release.set()
+    assert (result.step, result.signal) == (2, signal.SIGTERM)
+
+
+def test_sigterm_to_one_of_several_before_the_first_step_is_told_as_that(
+    tmp_path, drag_config, monkeypatch, capsys
+):
+    def init(*args, **kwargs):
+        send_sigterm()
+        threading.Event().wait(1)
+
+    monkeypatch.setattr(FakeModel, "init", init)
+    # What follows is of the loop alone, which asks whether it is alone when it is to stop.
+    monkeypatch.setattr("nuwa_jax.training.loop.check_same_program", lambda *args: None)
+    monkeypatch.setattr("nuwa_jax.training.loop.check_same", lambda *args: None)
+    last = StageCheckpoints.last
+
+    def count_two(*args):
+        monkeypatch.setattr("jax.process_count", lambda: 2)
+        return last(*args)
+
+    monkeypatch.setattr(StageCheckpoints, "last", count_two)
+    with pytest.raises(StoppedBySignal) as caught:
+        train(drag_config, tmp_path)
+    assert report(caught.value) == 128 + signal.SIGTERM
+    assert "stopped: signal 15 came before stage drag went on" in capsys.readouterr().err
 
 
 def stop_run(workdir, part):
