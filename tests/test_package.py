@@ -39,7 +39,8 @@ MAY_IMPORT = {
 }
 # The program that compiles the others, beside the mesh that it compiles them for.
 COMPILES = {
-    f"parallel/{name}.py" for name in ("advice", "aot", "census", "padding", "programs", "report")
+    f"parallel/{name}.py"
+    for name in ("advice", "aot", "census", "padding", "programs", "report", "topology")
 }
 # Programs that look up by name what stands above them, and import it only then.
 LOOKS_UP = {"data/shards.py": {"estimation"}}

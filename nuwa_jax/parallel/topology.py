@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from nuwa_jax.errors import UserError
+from nuwa_jax.watching.mfu import peak_of
 
 # Compiling needs no chip: the compiler must not look for one, nor lock the library against others,
 # and what little is computed is computed on the CPU.
@@ -33,8 +34,8 @@ class Chip:
     Attributes:
       name: as the topology's name begins.
       platform: what XLA calls it.
+      kind: what JAX calls it (`jax.Device.device_kind`).
       memory: bytes of high-bandwidth memory.
-      flops: peak of dense bfloat16 products, per second.
       memory_bandwidth: bytes per second.
       link_bandwidth: bytes per second that one chip sends to its neighbours, all links together.
       clock: cycles per second of its cores.
@@ -42,11 +43,16 @@ class Chip:
 
     name: str
     platform: str
+    kind: str
     memory: int
-    flops: float
     memory_bandwidth: float
     link_bandwidth: float
     clock: float
+
+    @property
+    def flops(self) -> float:
+        """Peak of dense bfloat16 products, per second."""
+        return peak_of(self.kind).flops
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -55,18 +61,18 @@ class Chip:
         return {"xla_gpu_enable_triton_gemm": False} if self.platform == "cuda" else {}
 
 
-# From "How to Scale Your Model" (jax-ml.github.io/scaling-book, "TPU specs"; links one way times
-# their number: 4 in a 2-D torus, 6 in a 3-D one). The clock follows from the peak: so many units of
-# 128 x 128 or 256 x 256 multiplications and additions a cycle. H100: NVIDIA's data sheet (SXM,
-# without sparsity; 18 links of NVLink, one way).
+# Peaks of arithmetic are in `nuwa_jax.watching.mfu`; the rest is from "How to Scale Your Model"
+# (jax-ml.github.io/scaling-book, "TPU specs"; links one way times their number: 4 in a 2-D torus, 6
+# in a 3-D one). The clock follows from the peak: so many units of 128 x 128 or 256 x 256
+# multiplications and additions a cycle. H100: NVIDIA's data sheet (SXM, 18 links of NVLink, one way).
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4", 32 * 2**30, 275e12, 1.2e12, 6 * 4.5e10, 1.05e9),
-        Chip("v5e", "v5e", 16 * 2**30, 197e12, 8.1e11, 4 * 4.5e10, 1.5e9),
-        Chip("v5p", "v5", 95 * 2**30, 459e12, 2.8e12, 6 * 9e10, 1.75e9),
-        Chip("v6e", "v6e", 32 * 2**30, 918e12, 1.6e12, 4 * 9e10, 1.75e9),
-        Chip("h100", "cuda", 84_978_434_048, 989e12, 3.35e12, 18 * 2.5e10, 1.98e9),
+        Chip("v4", "v4", "TPU v4", 32 * 2**30, 1.2e12, 6 * 4.5e10, 1.05e9),
+        Chip("v5e", "v5e", "TPU v5 lite", 16 * 2**30, 8.1e11, 4 * 4.5e10, 1.5e9),
+        Chip("v5p", "v5", "TPU v5", 95 * 2**30, 2.8e12, 6 * 9e10, 1.75e9),
+        Chip("v6e", "v6e", "TPU v6 lite", 32 * 2**30, 1.6e12, 4 * 9e10, 1.75e9),
+        Chip("h100", "cuda", "NVIDIA H100 80GB HBM3", 84_978_434_048, 3.35e12, 18 * 2.5e10, 1.98e9),
     )
 }
 _ALIASES = {"v5": "v5p"}  # as libtpu calls it

@@ -12,7 +12,7 @@ import pytest
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.parallel import advice
-from nuwa_jax.parallel.topology import Topology
+from nuwa_jax.parallel.topology import CHIPS, Topology
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "training" / "micro_config.py"
@@ -126,6 +126,11 @@ def test_topologies_are_read_by_name():
     topology = Topology.parse("v5p:4x4x4", slices=2)
     assert (topology.name, topology.chips) == ("v5p:4x4x4 x 2 slices", 128)
     assert Topology.parse("v5:2x2x1").chip.name == "v5p"
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_of_every_chip_the_peak_is_known(chip):
+    assert 1e14 < chip.flops < 1e16
 
 
 def test_changes_that_need_less_memory_come_in_the_order_of_their_cost():
