@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import alive
 
 PROGRAM = Path(__file__).with_name("workers_run.py")
 DEADLINE = 120
@@ -39,14 +40,6 @@ def run():
     except ProcessLookupError:
         pass
     run.process.communicate()
-
-
-def alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # ended, but nobody has asked for its exit code
 
 
 def wait_until_gone(pid):

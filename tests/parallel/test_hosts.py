@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import losses
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.parallel.agreement import Agreement
@@ -61,7 +62,7 @@ class Job:
     def after(self, step, index, number):
         """Sends a signal to a process once `step` is logged."""
         deadline = time.monotonic() + self.deadline
-        while not any(at >= step for at, _ in rows(self.workdir)):
+        while not any(at >= step for _, at, _ in losses(self.workdir)):
             assert all(p.poll() is None for p in self.processes), self.end()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -84,18 +85,6 @@ def start(command, devices=4):
     return subprocess.Popen(command, cwd=ROOT, env=environ, **pipes)
 
 
-def rows(workdir):
-    path = workdir / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # being written
-        found.append((row["step"], row["loss"]))
-    return found
-
-
 def saved(workdir):
     with StageCheckpoints(workdir, "00_drag") as checkpoints:
         return checkpoints.latest()
@@ -107,11 +96,11 @@ def codes(ends):
 
 def assert_same_losses(workdir, alone):
     """Of every step that was logged, none left out."""
-    mine, others = rows(workdir), rows(alone)
-    assert [step for step, _ in mine] == list(range(1, len(mine) + 1))
-    losses = np.array([loss for _, loss in others[: len(mine)]])
-    np.testing.assert_allclose([loss for _, loss in mine], losses, rtol=1e-5)
-    assert np.ptp(losses) > 0.1  # they are of different batches
+    mine, others = losses(workdir), losses(alone)
+    assert [step for _, step, _ in mine] == list(range(1, len(mine) + 1))
+    expected = np.array([loss for _, _, loss in others[: len(mine)]])
+    np.testing.assert_allclose([loss for _, _, loss in mine], expected, rtol=1e-5)
+    assert np.ptp(expected) > 0.1  # they are of different batches
 
 
 def test_a_run_goes_on_with_another_number_of_hosts(tmp_path):
@@ -129,20 +118,20 @@ def test_a_run_goes_on_with_another_number_of_hosts(tmp_path):
     killed = saved(run)
     assert killed >= 4
 
-    ends = Job(run, 1, steps).after(len(rows(run)) + 2, 0, signal.SIGTERM).end()
+    ends = Job(run, 1, steps).after(len(losses(run)) + 2, 0, signal.SIGTERM).end()
     assert codes(ends) == [128 + signal.SIGTERM], ends
     assert f"going on at step {killed}" in ends[0][1]
 
     # Each clip is split over the hosts now, so that both read all of them.
     stopped = saved(run)
     mesh = {"data": 1, "frame": -1}
-    ends = Job(run, 2, steps, mesh=mesh).after(len(rows(run)) + 2, 1, signal.SIGTERM).end()
+    ends = Job(run, 2, steps, mesh=mesh).after(len(losses(run)) + 2, 1, signal.SIGTERM).end()
     assert codes(ends) == [128 + signal.SIGTERM] * 2, ends
     assert f"going on at step {stopped}" in ends[0][1]
     assert f"stopped in drag after step {saved(run)}: run again" in ends[0][1]
     assert "drag" not in ends[1][1]  # process 0 alone reports
 
-    assert stopped + 2 <= len(rows(run)) < steps
+    assert stopped + 2 <= len(losses(run)) < steps
     assert_same_losses(run, tmp_path / "alone")
 
 
@@ -220,7 +209,7 @@ def test_two_hosts_have_the_losses_of_one_device(mesh, tmp_path):
     for job in (alone, together):
         for code, _, told in job.end():
             assert code == 0, told
-    assert len(rows(tmp_path / "together")) == 20
+    assert len(losses(tmp_path / "together")) == 20
     assert_same_losses(tmp_path / "together", tmp_path / "alone")
     for run in ("alone", "together"):
         assert len(list((tmp_path / run / "samples").iterdir())) == 2
@@ -240,7 +229,7 @@ def test_killing_either_host_ends_the_other_and_the_run_goes_on_exactly(lost, tm
     assert time.monotonic() - killed < 60
     for code, _, told in Job(run, 2, steps, *flags, pace=0).end():
         assert code == 0, told
-    assert rows(run) == rows(tmp_path / "whole")  # bit for bit
+    assert losses(run) == losses(tmp_path / "whole")  # bit for bit
 
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_JOB_ID": "7"}

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from fake_model import FakeModel
 from micro_config import get_config
+from running import die_after, losses
 
 import nuwa_jax
 from nuwa_jax.data.pipeline import Batches
@@ -42,23 +43,6 @@ def drag_config(**train_keys):
     config.curriculum = ("drag",)
     config.train.update(log_every=1, checkpoint_every=2, keep=3, **train_keys)
     return config
-
-
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [(r["stage"], r["step"], r["loss"]) for r in map(json.loads, lines)]
-
-
-def die_after(monkeypatch, draws):
-    """Ends the run when it has drawn so many batches; nothing more is saved, as after a kill."""
-    draw, left = Batches.__next__, iter(range(draws))
-
-    def dying(batches):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return draw(batches)
-
-    monkeypatch.setattr(Batches, "__next__", dying)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +109,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_if_that_is_asked_for(dead, 
     flip(dead / "stages/00_drag/4")
     train(drag_config(use_previous_checkpoint=True), dead)
     assert "drag: going on at step 2 of 6" in capsys.readouterr().out
-    assert rows(dead) == rows(runs / "whole")
+    assert losses(dead) == losses(runs / "whole")
     jax.tree.map(
         np.testing.assert_array_equal,
         load_final(dead).params,
@@ -151,7 +135,7 @@ def test_a_stage_whose_checkpoints_are_all_damaged_begins_anew_if_that_is_asked_
     with pytest.raises(DamagedCheckpoint):
         train(drag_config(), dead)
     train(drag_config(use_previous_checkpoint=True), dead)
-    assert rows(dead) == rows(runs / "whole")
+    assert losses(dead) == losses(runs / "whole")
 
 
 def test_a_stage_does_not_begin_on_a_damaged_end_of_the_one_before(runs, tmp_path):
@@ -170,7 +154,7 @@ def test_a_stage_does_not_begin_on_a_damaged_end_of_the_one_before(runs, tmp_pat
     with pytest.raises(UserError, match="run again to go on"):
         train(config, workdir)
     assert train(config, workdir).stage == "flow"
-    assert rows(workdir)[:6] == rows(runs / "whole")
+    assert losses(workdir)[:6] == losses(runs / "whole")
 
 
 def test_a_checkpoint_that_a_later_stage_went_on_from_is_never_deleted(runs, tmp_path):
@@ -196,7 +180,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away(dead, runs):
     (half / "model/part").write_bytes(b"1")
     train(drag_config(), dead)
     assert not half.exists()
-    assert rows(dead) == rows(runs / "whole")
+    assert losses(dead) == losses(runs / "whole")
 
 
 def test_a_checkpoint_tells_what_made_it(runs):
@@ -390,10 +374,10 @@ def test_a_workdir_by_url_gets_all_files_and_a_run_goes_on_there(tmp_path, runs,
         die_after(patch, 5)
         patch.setattr(Workdir, "close", lambda self: None)  # as after a kill
         train(drag_config(), f"file://{workdir}")
-    assert [row[1] for row in rows(workdir)][:4] == [1, 2, 3, 4]
+    assert [row[1] for row in losses(workdir)][:4] == [1, 2, 3, 4]
     assert json.loads((workdir / "config.json").read_text())["preset"] == "nuwa"
     train(drag_config(), f"file://{workdir}")
-    assert rows(workdir) == rows(runs / "whole")
+    assert losses(workdir) == losses(runs / "whole")
     assert any((workdir / "tensorboard/00_drag").iterdir())
     assert load_final(f"file://{workdir}").step == 6
 
@@ -459,5 +443,5 @@ def test_a_run_of_two_hosts_goes_on_with_one_and_each_learns_of_damage_that_one_
     damaged.write_bytes(whole)
     ((told, code),) = run_hosts(1, tmp_path / "moved")
     assert code == 0 and "drag: going on at step 4 of 6" in told, told
-    found, expected = (np.array([r[2] for r in rows(tmp_path / w)]) for w in ("moved", "whole"))
+    found, expected = (np.array([r[2] for r in losses(tmp_path / w)]) for w in ("moved", "whole"))
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -1,6 +1,5 @@
 """Runs of train.py that are killed with SIGKILL and started again."""
 
-import json
 import random
 import re
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from running import losses
 
 from nuwa_jax.training.checkpoint import StageCheckpoints, load_final
 
@@ -33,18 +33,6 @@ def command(program, workdir, steps):
     ]
 
 
-def rows(workdir):
-    path = workdir / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # being written
-        found.append((row["stage"], row["step"], row["loss"]))
-    return found
-
-
 def run(program, workdir, steps, kill_after=None):
     """Runs to the end, or kills the run once it has logged (stage, step) or something later."""
     process = subprocess.Popen(
@@ -57,7 +45,7 @@ def run(program, workdir, steps, kill_after=None):
     if kill_after is not None:
         place = (STAGES.index(kill_after[0]), kill_after[1])
         while process.poll() is None:
-            if any((STAGES.index(stage), step) >= place for stage, step, _ in rows(workdir)):
+            if any((STAGES.index(stage), step) >= place for stage, step, _ in losses(workdir)):
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)
@@ -67,7 +55,7 @@ def run(program, workdir, steps, kill_after=None):
 
 
 def assert_equal_runs(first, second):
-    assert rows(first) == rows(second)
+    assert losses(first) == losses(second)
     for stage in STAGES:
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -79,7 +67,7 @@ def assert_equal_runs(first, second):
 def test_a_run_killed_once_ends_as_if_it_had_not_been(tmp_path):
     program = HERE / "fake_model.py"
     run(program, tmp_path / "whole", 10)
-    assert len(rows(tmp_path / "whole")) == 4 * 10
+    assert len(losses(tmp_path / "whole")) == 4 * 10
     run(program, tmp_path / "killed", 10, kill_after=("text_to_video", 6))
     run(program, tmp_path / "killed", 10)
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")

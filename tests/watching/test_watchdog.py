@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import alive
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.watching import watchdog as watchdog_module
@@ -19,14 +20,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
-
-
-def alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # ended, but nobody has asked for its exit code
 
 
 def test_a_step_that_takes_too_long_is_told_with_all_stacks(tmp_path, capfd):
