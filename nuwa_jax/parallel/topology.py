@@ -64,7 +64,8 @@ class Chip:
 # Peaks of arithmetic are in `nuwa_jax.watching.mfu`; the rest is from "How to Scale Your Model"
 # (jax-ml.github.io/scaling-book, "TPU specs"; links one way times their number: 4 in a 2-D torus, 6
 # in a 3-D one). The clock follows from the peak: so many units of 128 x 128 or 256 x 256
-# multiplications and additions a cycle. H100: NVIDIA's data sheet (SXM, 18 links of NVLink, one way).
+# multiplications and additions a cycle. H100: NVIDIA's data sheet (SXM; 18 links of NVLink, one
+# way).
 CHIPS = {
     chip.name: chip
     for chip in (
