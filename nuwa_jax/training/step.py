@@ -27,6 +27,7 @@ from nuwa_jax.training.optim import clip_by_norm, ema_update, make_optimizer
 from nuwa_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
+Changing = tuple[Params, Params, Any]  # parameters, their running average, optimizer's state
 TrainStep = Callable[[TrainState, Batch, float, float], tuple[TrainState, Metrics]]
 
 
@@ -100,23 +101,31 @@ def make_train_step(
         else:
             (loss, metrics), grads = gradients(state.params, state.frozen, (batch, draws), progress)
         norm = optax.tree.norm(grads)
-        grads = clip_by_norm(grads, norm, train.clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        ema = ema_update(state.ema, params, state.step, train.ema_decay)
-
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = lambda new, old: jax.tree.map(  # noqa: E731
-            lambda n, o: jnp.where(finite, n, o), new, old
+
+        def update(changing: Changing, grads: Params) -> Changing:
+            params, ema, opt_state = changing
+            grads = clip_by_norm(grads, norm, train.clip_norm)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+            return params, ema_update(ema, params, state.step, train.ema_decay), opt_state
+
+        # Not a choice between each new and old array, for which XLA copies the state on a CPU.
+        params, ema, opt_state = jax.lax.cond(
+            finite,
+            update,
+            lambda changing, grads: changing,
+            (state.params, state.ema, state.opt_state),
+            grads,
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         state = TrainState(
             step=state.step + 1,
             skipped=skipped,
-            params=keep(params, state.params),
+            params=params,
             frozen=state.frozen,
-            ema=keep(ema, state.ema),
-            opt_state=keep(opt_state, state.opt_state),
+            ema=ema,
+            opt_state=opt_state,
         )
         return state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **metrics}
 
