@@ -16,6 +16,7 @@ from nuwa_jax.data.batch import Batch
 from nuwa_jax.data.device import complete
 from nuwa_jax.diffusion import edm
 from nuwa_jax.errors import UserError
+from nuwa_jax.models.attention import platform
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
@@ -110,14 +111,15 @@ def make_train_step(
             params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
             return params, ema_update(ema, params, state.step, train.ema_decay), opt_state
 
-        # Not a choice between each new and old array, for which XLA copies the state on a CPU.
-        params, ema, opt_state = jax.lax.cond(
-            finite,
-            update,
-            lambda changing, grads: changing,
-            (state.params, state.ema, state.opt_state),
-            grads,
-        )
+        before = (state.params, state.ema, state.opt_state)
+        if platform() == "cpu":
+            # A choice between new and old arrays makes XLA copy the state there. For a TPU it does
+            # not, and to compile a branch takes twice the memory.
+            after = jax.lax.cond(finite, update, lambda changing, _: changing, before, grads)
+        else:
+            choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+            after = jax.tree.map(choose, update(before, grads), before)
+        params, ema, opt_state = after
         skipped = jnp.where(finite, 0, state.skipped + 1)
         state = TrainState(
             step=state.step + 1,
