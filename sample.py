@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from nuwa_jax.errors import UserError, run_main
+from nuwa_jax.host_memory import keep_host_memory
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of train.py or exported model; the shipped model by default."
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     from nuwa_jax.generation.generator import Generator
     from nuwa_jax.watching.compile_cache import use_compile_cache
 
+    keep_host_memory()
     use_compile_cache(COMPILE_CACHE.value)
     generator = Generator.load(CHECKPOINT.value, param_dtype=PARAM_DTYPE.value, dtype=DTYPE.value)
     scales = {name: flag.value for name, flag in GUIDANCE.items() if flag.value is not None}

@@ -14,6 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from nuwa_jax.errors import UserError, run_main
+from nuwa_jax.host_memory import keep_host_memory
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is stored; may exist already.")
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
     from nuwa_jax.parallel.distributed import Launch, job
 
+    keep_host_memory()
     config = CONFIG.value
     launch = Launch(
         COORDINATOR.value,

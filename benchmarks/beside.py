@@ -13,6 +13,7 @@ import numpy as np
 
 from nuwa_jax.convert.rules import to_state, unet_rows
 from nuwa_jax.errors import UserError
+from nuwa_jax.host_memory import keep_host_memory
 from nuwa_jax.models.unet import RES_EPS, UNet, UNetConfig
 
 CONTEXT, VECTOR = 1024, 256  # channels of the context, of the embedding of one number
@@ -29,6 +30,7 @@ def limit_threads(threads: int) -> None:
     if threads > len(cores):
         raise UserError(f"--threads={threads}, but there are {len(cores)} cores: give fewer")
     os.sched_setaffinity(0, cores[:threads])
+    keep_host_memory()  # on either side, as train.py does
 
 
 def random_params(config: UNetConfig, x_shape: tuple[int, ...]) -> dict:

@@ -28,6 +28,7 @@ from nuwa_jax.evaluation.report import metrics_table
 from nuwa_jax.generation.animate import animate
 from nuwa_jax.generation.generator import Generator
 from nuwa_jax.generation.weights import EXAMPLE
+from nuwa_jax.host_memory import keep_host_memory
 from nuwa_jax.motion.drags import DragSet
 from nuwa_jax.motion.trajectory_samplers import SamplerConfig, sample_trajectories
 from nuwa_jax.presets import load_preset
@@ -173,6 +174,7 @@ def main(argv: Sequence[str]) -> None:
     clips = Path(options.clips) if options.clips else None
     if clips is not None and not clips.is_dir():
         raise UserError(f"--clips={clips} is not a folder: give one that holds videos")
+    keep_host_memory()
     run(Path(options.out), clips, options.num_scenes)
 
 

@@ -11,10 +11,7 @@ from jaxtyping import Array, Float
 
 from nuwa_jax.models.attention import dot_product_attention
 from nuwa_jax.models.layers import (
-    ZERO_INIT,
     AlphaBlender,
-    Conv,
-    Dense,
     TemporalConv,
     conv2d,
     depth_to_space,
@@ -23,6 +20,7 @@ from nuwa_jax.models.layers import (
     space_to_depth,
     upsample_nearest,
 )
+from nuwa_jax.models.products import ZERO_INIT, Conv, Dense
 
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5

@@ -16,7 +16,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.models.attention import dot_product_attention
-from nuwa_jax.models.layers import Dense, add_spread, broadcast, layer_norm
+from nuwa_jax.models.layers import add_spread, broadcast, layer_norm
+from nuwa_jax.models.products import Dense
 
 # Mean and standard deviation of the pixels (0..1) CLIP was trained on.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.clip import ACTIVATIONS, ClipBlock
-from nuwa_jax.models.layers import Dense, add_spread, layer_norm
+from nuwa_jax.models.layers import add_spread, layer_norm
+from nuwa_jax.models.products import Dense
 
 LAYERS = ("last", "penultimate")
 PADDINGS = ("zero", "end")

@@ -18,17 +18,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from nuwa_jax.models.attention import dot_product_attention
-from nuwa_jax.models.layers import (
-    ZERO_INIT,
-    Conv,
-    Dense,
-    Mlp,
-    add_spread,
-    broadcast,
-    fourier_features,
-    layer_norm,
-    wide,
-)
+from nuwa_jax.models.layers import Mlp, add_spread, broadcast, fourier_features, layer_norm
+from nuwa_jax.models.products import ZERO_INIT, Conv, Dense, wide
 from nuwa_jax.models.remat import block_input
 
 NUM_STATES = 4  # unspecified, visible, occluded, outside

@@ -17,14 +17,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from nuwa_jax.models.attention import dot_product_attention
-from nuwa_jax.models.layers import (
-    ZERO_INIT,
-    Dense,
-    TemporalConv,
-    conv2d,
-    group_norm,
-    space_to_depth,
-)
+from nuwa_jax.models.layers import TemporalConv, conv2d, group_norm, space_to_depth
+from nuwa_jax.models.products import ZERO_INIT, Dense
 
 FLOW_EPS = 1e-5
 FLOW_GROUPS = 8

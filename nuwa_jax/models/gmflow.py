@@ -22,7 +22,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from nuwa_jax.models.attention import dot_product_attention
-from nuwa_jax.models.layers import Dense, layer_norm
+from nuwa_jax.models.layers import layer_norm
+from nuwa_jax.models.products import Dense
 
 # Of ImageNet, for pictures in [0, 1].
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

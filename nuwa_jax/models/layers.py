@@ -10,18 +10,26 @@ in bfloat16 stops growing (40,320 ones make 8,192 on a CPU).
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.models.attention import dot_product_attention
+from nuwa_jax.models.products import (
+    LECUN,
+    ZERO_INIT,
+    Conv,
+    Dense,
+    DenseParts,
+    as_matrix,
+    wide,
+)
 
-ZERO_INIT = nn.initializers.zeros_init()
-LECUN = nn.initializers.lecun_normal()
+# What attention and feed-forward layers add, by the name by which a remat policy may keep it.
+BRANCH = "branch"
 
 
 def middle_tap_identity(key: Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
@@ -34,11 +42,6 @@ def middle_tap_identity(key: Array, shape: tuple[int, int, int], dtype: jnp.dtyp
 def group_count(channels: int, groups: int = 32) -> int:
     """The largest number of groups, at most `groups`, that divides `channels`."""
     return next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
-
-
-def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x` as float32, or as it is where that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def add_spread(x: Float[Array, "..."], spread: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -87,40 +90,6 @@ def group_norm(
 ) -> nn.Module:
     """`GroupNorm` with at most `groups` groups for `channels` channels."""
     return GroupNorm(group_count(channels, groups), eps, dtype, name=name)
-
-
-def _all_but_bias(
-    inputs: Array, kernel: Array, bias: Array | None, *, dtype: Any, **more: Any
-) -> tuple[Array, Array, Array | None]:
-    """As Flax's layers promote their arrays, with the bias left as it is stored."""
-    inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=dtype, **more)
-    return inputs, kernel, bias
-
-
-class Dense(nn.Dense):
-    """`nn.Dense` as one matrix product over all leading axes together, the bias added in float32.
-
-    With several leading axes XLA on CPU takes 2.6 times as long for the weight's gradient.
-    """
-
-    dtype: Any = jnp.float32
-    promote_dtype: Any = _all_but_bias
-
-    @nn.compact
-    def __call__(self, inputs: Float[Array, "... c"]) -> Float[Array, "... features"]:
-        out = super().__call__(inputs.reshape(-1, inputs.shape[-1])).astype(self.dtype)
-        return out.reshape(*inputs.shape[:-1], self.features)
-
-
-class Conv(nn.Conv):
-    """`nn.Conv` with the bias added in float32."""
-
-    dtype: Any = jnp.float32
-    promote_dtype: Any = _all_but_bias
-
-    @nn.compact
-    def __call__(self, inputs: Float[Array, "n ... c"]) -> Float[Array, "n ... features"]:
-        return super().__call__(inputs).astype(self.dtype)
 
 
 def layer_norm(name: str, dtype: jnp.dtype) -> nn.Module:
@@ -245,7 +214,37 @@ class Attention(nn.Module):
             out = rearrange(out, "b l e d -> b l (e d)")
         init = ZERO_INIT if self.zero else LECUN
         out = Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
-        return broadcast(out, x.shape).reshape(shape)
+        return broadcast(checkpoint_name(out, BRANCH), x.shape).reshape(shape)
+
+
+@jax.custom_vjp
+def gated(value: Float[Array, "*n"], gate: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """`value * gelu(gate)` with the exact GELU, in float32 (GEGLU, arXiv 2002.05202).
+
+    Its backward pass takes the two arguments as they are, and nothing else: float32 parts of the
+    GELU, of the forward pass or shared with it, would be the largest arrays of a block.
+    """
+    return (wide(value) * wide(gate) * _normal_cdf(wide(gate))).astype(value.dtype)
+
+
+def _gated_forward(value: Array, gate: Array) -> tuple[Array, tuple[Array, Array]]:
+    return gated(value, gate), (value, gate)
+
+
+def _gated_backward(kept: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
+    kept = jax.lax.optimization_barrier(kept)
+    value, gate, change = (wide(x) for x in (*kept, change))
+    cdf = _normal_cdf(gate)
+    density = jnp.exp(-0.5 * gate**2) / (2 * jnp.pi) ** 0.5
+    by_value, by_gate = change * gate * cdf, change * value * (cdf + gate * density)
+    return by_value.astype(kept[0].dtype), by_gate.astype(kept[1].dtype)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 class FeedForward(nn.Module):
@@ -256,11 +255,13 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-        channels = x.shape[-1]
-        hidden = Dense(2 * self.multiplier * channels, dtype=self.dtype, name="proj")(x)
-        value, gate = jnp.split(hidden, 2, axis=-1)
-        hidden = value * jax.nn.gelu(gate, approximate=False)
-        return Dense(channels, dtype=self.dtype, name="out")(hidden)
+        channels, shape = x.shape[-1], x.shape
+        # The hidden channels have one shape throughout: else a TPU makes them in two.
+        x = as_matrix(x)
+        hidden = 2 * self.multiplier * channels
+        value, gate = DenseParts(hidden, 2, dtype=self.dtype, name="proj")(x)
+        out = Dense(channels, dtype=self.dtype, name="out")(gated(value, gate))
+        return checkpoint_name(out, BRANCH).reshape(shape)
 
 
 class AlphaBlender(nn.Module):

@@ -5,6 +5,8 @@ By name, from most memory and least work to least memory:
   none       everything
   dots       what matrix products and convolutions give, and attention; norms, activations and small
              attention's weights are made anew
+  branches   a block's input, what attention gives, and what attention and feed-forward layers add:
+             of these layers the last products and all attention are computed once
   attention  a block's input and what attention gives: no attention is computed twice
   block      a block's input
   offload    a block's input, in the host's memory: TPU and GPU only
@@ -25,8 +27,9 @@ from jaxtyping import Array, Float
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models.attention import OUTPUT, platform
+from nuwa_jax.models.layers import BRANCH
 
-POLICIES = ("none", "dots", "attention", "block", "offload")
+POLICIES = ("none", "dots", "branches", "attention", "block", "offload")
 INPUT = "block_input"
 # Offloading is asked of the runtime for these; XLA on CPU has no memory but its own.
 OFFLOADING = ("tpu", "gpu")
@@ -66,6 +69,8 @@ def policy_of(name: str) -> Callable[..., Any] | None:
     policies = jax.checkpoint_policies
     if name == "attention":
         return policies.save_only_these_names(OUTPUT)
+    if name == "branches":
+        return policies.save_only_these_names(OUTPUT, BRANCH)
     if name == "offload":
         return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nuwa_jax.models.layers import Attention, Dense, FeedForward, add_spread, layer_norm
+from nuwa_jax.models.layers import Attention, FeedForward, add_spread, layer_norm
+from nuwa_jax.models.products import Dense
 
 VOCABULARY = 257  # 0 pads, byte b is b + 1
 

@@ -17,11 +17,8 @@ from jaxtyping import Array, Bool, Float
 from nuwa_jax.models.drag_attention import DragAttentionConfig, DragEmbedding, DragLayer
 from nuwa_jax.models.flow_encoder import FlowFeature, FlowInjection
 from nuwa_jax.models.layers import (
-    LECUN,
-    ZERO_INIT,
     AlphaBlender,
     Attention,
-    Dense,
     FeedForward,
     Mlp,
     TemporalConv,
@@ -34,6 +31,7 @@ from nuwa_jax.models.layers import (
     upsample_nearest,
 )
 from nuwa_jax.models.partition import by_frames, by_pixels
+from nuwa_jax.models.products import LECUN, ZERO_INIT, Dense
 from nuwa_jax.models.remat import block_input, check_policy, rematerialized
 
 RES_EPS = 1e-5
@@ -211,9 +209,8 @@ class VideoTransformer(nn.Module):
         b, t, h, w, c = x.shape
         dtype = self.dtype
         x = block_input(x)
-        u = rearrange(by_frames(x), "b t h w c -> (b t) h w c")
+        u = rearrange(by_frames(x), "b t h w c -> (b t) (h w) c")
         u = group_norm(c, TRANSFORMER_EPS, name="norm", dtype=dtype)(u)
-        u = rearrange(u, "n h w c -> n (h w) c")
         u = Dense(c, dtype=dtype, name="proj_in")(u)
 
         # Frames of one video are neighbours: they share its context.

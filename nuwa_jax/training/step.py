@@ -16,6 +16,7 @@ from nuwa_jax.data.batch import Batch
 from nuwa_jax.data.device import complete
 from nuwa_jax.diffusion import edm
 from nuwa_jax.errors import UserError
+from nuwa_jax.models.attention import platform
 from nuwa_jax.models.lora import merge_lora
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
@@ -27,6 +28,7 @@ from nuwa_jax.training.optim import clip_by_norm, ema_update, make_optimizer
 from nuwa_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
+Changing = tuple[Params, Params, Any]  # parameters, their running average, optimizer's state
 TrainStep = Callable[[TrainState, Batch, float, float], tuple[TrainState, Metrics]]
 
 
@@ -100,23 +102,32 @@ def make_train_step(
         else:
             (loss, metrics), grads = gradients(state.params, state.frozen, (batch, draws), progress)
         norm = optax.tree.norm(grads)
-        grads = clip_by_norm(grads, norm, train.clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        ema = ema_update(state.ema, params, state.step, train.ema_decay)
-
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = lambda new, old: jax.tree.map(  # noqa: E731
-            lambda n, o: jnp.where(finite, n, o), new, old
-        )
+
+        def update(changing: Changing, grads: Params) -> Changing:
+            params, ema, opt_state = changing
+            grads = clip_by_norm(grads, norm, train.clip_norm)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+            return params, ema_update(ema, params, state.step, train.ema_decay), opt_state
+
+        before = (state.params, state.ema, state.opt_state)
+        if platform() == "cpu":
+            # A choice between new and old arrays makes XLA copy the state there. For a TPU it does
+            # not, and to compile a branch takes twice the memory.
+            after = jax.lax.cond(finite, update, lambda changing, _: changing, before, grads)
+        else:
+            choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+            after = jax.tree.map(choose, update(before, grads), before)
+        params, ema, opt_state = after
         skipped = jnp.where(finite, 0, state.skipped + 1)
         state = TrainState(
             step=state.step + 1,
             skipped=skipped,
-            params=keep(params, state.params),
+            params=params,
             frozen=state.frozen,
-            ema=keep(ema, state.ema),
-            opt_state=keep(opt_state, state.opt_state),
+            ema=ema,
+            opt_state=opt_state,
         )
         return state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **metrics}
 

@@ -68,8 +68,8 @@ def unet(policy):
 @pytest.mark.parametrize(
     ("net", "policies"),
     [
-        (Blocks, ("dots", "block")),
-        pytest.param(unet, ("dots", "attention", "block"), marks=pytest.mark.slow),
+        (Blocks, ("dots", "branches", "block")),
+        pytest.param(unet, ("dots", "branches", "attention", "block"), marks=pytest.mark.slow),
     ],
 )
 def test_gradients_are_the_same_whatever_is_kept(net, policies):
@@ -83,6 +83,8 @@ def test_gradients_are_the_same_whatever_is_kept(net, policies):
         found, taken[policy] = gradient(net, policy)
         for a, b in zip(jax.tree.leaves(found), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest)
+    in_order = [taken[policy] for policy in reversed(policies)]
+    assert in_order == sorted(in_order)
     assert taken["block"] < taken["dots"] < bytes_of_all
 
 

@@ -1,6 +1,6 @@
 """Trains a small model on a mesh of virtual CPU devices; the last line tells of it as JSON.
 
-python mesh_run.py DEVICES MESH_AS_JSON STEPS WORKDIR real|fake [BATCHES_AFTER_WHICH_TO_DIE]
+python mesh_run.py DEVICES MESH_AS_JSON STEPS WORKDIR real|small|fake [BATCHES_AFTER_WHICH_TO_DIE]
 """
 
 import json
@@ -31,7 +31,7 @@ def main(mesh: str, steps: str, workdir: str, model: str, die_after: str = "0") 
     sharding.MIN_SIZE = 1  # so that parameters as small as these are split, too
     split = watch_state()
     die_in(int(die_after))
-    config = get_config()
+    config = get_config("small" if model == "small" else None)
     config.mesh.update(json.loads(mesh))
     config.curriculum = ("drag",)
     config.stages.drag.update(steps=int(steps), batch_size=8, warmup_steps=1)

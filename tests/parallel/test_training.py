@@ -41,11 +41,6 @@ def test_a_run_may_change_its_mesh_on_the_way(tmp_path):
     assert_same(run(4, {"data": 2, "fsdp": 2}, 6, tmp_path / "moved", "fake"), alone)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return run(1, {}, 20, tmp_path_factory.mktemp("alone"), "real")
-
-
 def test_activations_are_split_by_frames_and_by_pixels():
     program = """
 import jax, json
@@ -66,6 +61,35 @@ print(json.dumps([each.addressable_shards[0].data.shape for each in made]))
     assert json.loads(done.stdout) == [[1, 2, 6, 3], [1, 4, 3, 3]]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What a model's run on one device says of its losses; made once for every model asked for."""
+    losses = {}
+
+    def get(model):
+        if model not in losses:
+            losses[model] = run(1, {}, 20, tmp_path_factory.mktemp(model), model)
+        return losses[model]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 4, "frame": 2}, marks=pytest.mark.slow),
+        {"data": 4, "tensor": 2},
+        {"data": 2, "fsdp": 2, "frame": 2},
+    ],
+    ids=json.dumps,
+)
+def test_losses_of_the_smallest_model_are_the_same_on_every_mesh(mesh, tmp_path, alone):
+    """All axes of the mesh between the two that are not slow."""
+    assert_same(run(8, mesh, 20, tmp_path, "small"), alone("small"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
@@ -81,4 +105,4 @@ print(json.dumps([each.addressable_shards[0].data.shape for each in made]))
 )
 def test_losses_are_the_same_on_every_mesh(mesh, tmp_path, alone):
     assert math.prod(mesh.values()) == 8
-    assert_same(run(8, mesh, 20, tmp_path, "real"), alone)
+    assert_same(run(8, mesh, 20, tmp_path, "real"), alone("real"))
