@@ -22,15 +22,19 @@ IDS = (6.0, 127.0, 0.02)  # frames per second, motion bucket, augmentation
 Run = Callable[[], Any]
 
 
-def limit_threads(threads: int) -> None:
-    """XLA makes as many threads as the process may use cores when its backend starts."""
+def limit_threads(threads: int, *, keep_memory: bool = True) -> None:
+    """XLA makes as many threads as the process may use cores when its backend starts.
+
+    With `keep_memory` both sides have memory as `train.py` has it (`nuwa_jax.host_memory`).
+    """
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("threads are limited through the CPU affinity: this benchmark needs Linux")
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise UserError(f"--threads={threads}, but there are {len(cores)} cores: give fewer")
     os.sched_setaffinity(0, cores[:threads])
-    keep_host_memory()  # on either side, as train.py does
+    if keep_memory:
+        keep_host_memory()
 
 
 def random_params(config: UNetConfig, x_shape: tuple[int, ...]) -> dict:

@@ -62,6 +62,9 @@ _LEVELS = flags.DEFINE_integer(
 _FRAMES = flags.DEFINE_integer("frames", 8, "Frames.")
 _HEIGHT = flags.DEFINE_integer("height", 24, "Rows of the latents; divisible by 8.")
 _WIDTH = flags.DEFINE_integer("width", 40, "Columns of the latents; divisible by 8.")
+_KEEP_MEMORY = flags.DEFINE_bool(
+    "keep_memory", True, "Between steps, as train.py does; it is for both sides."
+)
 _BATCH = flags.DEFINE_integer("batch", 1, "Clips per step.")
 _PART = flags.DEFINE_enum("part", "both", ["step", "loop", "both"], "What is timed.")
 _BLOCKS = flags.DEFINE_integer("blocks", 8, "With loop: pairs of timed blocks.", lower_bound=2)
@@ -88,7 +91,7 @@ class PlainLDM(VideoLDM):
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    limit_threads(_THREADS.value)
+    limit_threads(_THREADS.value, keep_memory=_KEEP_MEMORY.value)
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", _CACHE.value or cache)
         if _PART.value != "loop":
