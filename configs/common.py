@@ -198,7 +198,11 @@ def variant(c: ConfigDict, arg: str | None, name: str) -> ConfigDict:
     c.model.dtype = "float32"
     c.model.autoencoder.update(base_channels=16, channel_mult=(1, 1), num_res_blocks=1)
     c.model.unet.update(
-        model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_factors=(1,)
+        model_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_factors=(1,),
+        remat="block",
     )
     c.model.unet.head_channels = 16
     if "text" in c.model:
