@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.errors import UserError
 from nuwa_jax.models import splash
-from nuwa_jax.models.partition import each_device
+from nuwa_jax.models.partition import each_device, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
@@ -106,12 +106,6 @@ def check_implementation(name: str) -> None:
     """Raises a UserError that names the implementations, where there is none of that name."""
     if name not in IMPLEMENTATIONS:
         raise UserError(f"model.attention must be one of {IMPLEMENTATIONS}, got {name!r}")
-
-
-def platform() -> str:
-    """Of the mesh in use, which may be of devices that this machine has not, or the machine's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _fits_cudnn(query: Array) -> bool:

@@ -65,6 +65,12 @@ def each_device(
     )(*args, mask)
 
 
+def platform() -> str:
+    """Of the mesh in use, which may be of devices that this machine has not, or the machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _automatic(mesh: jax.sharding.AbstractMesh) -> set[str]:
     """The axes over which the compiler partitions, rather than an enclosing `shard_map`."""
     return {

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nuwa_jax.models.attention import platform
+from nuwa_jax.models.partition import platform
 
 ZERO_INIT = nn.initializers.zeros_init()
 LECUN = nn.initializers.lecun_normal()

@@ -26,8 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from nuwa_jax.errors import UserError
-from nuwa_jax.models.attention import OUTPUT, platform
+from nuwa_jax.models.attention import OUTPUT
 from nuwa_jax.models.layers import BRANCH
+from nuwa_jax.models.partition import platform
 
 POLICIES = ("none", "dots", "branches", "attention", "block", "offload")
 INPUT = "block_input"

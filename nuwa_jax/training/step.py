@@ -16,8 +16,8 @@ from nuwa_jax.data.batch import Batch
 from nuwa_jax.data.device import complete
 from nuwa_jax.diffusion import edm
 from nuwa_jax.errors import UserError
-from nuwa_jax.models.attention import platform
 from nuwa_jax.models.lora import merge_lora
+from nuwa_jax.models.partition import platform
 from nuwa_jax.models.video_ldm import Drop, VideoLDM, to_float
 from nuwa_jax.motion.raster import rasterize
 from nuwa_jax.parallel import fsdp
