@@ -232,6 +232,7 @@ def _gated_forward(value: Array, gate: Array) -> tuple[Array, tuple[Array, Array
 
 
 def _gated_backward(kept: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
+    # Else XLA finds the same float32 parts in a forward pass made anew, and keeps those.
     kept = jax.lax.optimization_barrier(kept)
     value, gate, change = (wide(x) for x in (*kept, change))
     cdf = _normal_cdf(gate)

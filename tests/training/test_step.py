@@ -128,7 +128,9 @@ def test_drags_are_drawn_with_every_option_of_the_config(monkeypatch):
     assert seen == [config.raster.to_dict()] and seen[0]["snap"]
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # each leaves the update out in its own way
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(platform, monkeypatch):
+    monkeypatch.setattr("nuwa_jax.training.step.platform", lambda: platform)
     stage = STAGES["drag"]
     optimizer = make_optimizer(CONFIG.train)
     step = make_train_step(MODEL, CONFIG, stage)
