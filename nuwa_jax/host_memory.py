@@ -20,8 +20,9 @@ def keep_host_memory() -> bool:
 
     glibc returns large arrays to the system as soon as they are free, and takes new pages for the
     next ones, which the system must find and clear: 1.7 GB a step for a U-Net of two levels and 64
-    channels on 8 frames of 24x40, and a third of the step's time (docs/training.md). To be called
-    before the first array is made. What the program took at its largest it keeps until it ends.
+    channels on 8 frames of 24x40, a tenth of its CPU time on an idle machine and more where memory
+    is short (docs/training.md). To be called before the first array is made. What the program took
+    at its largest it keeps until it ends.
 
     Returns:
       Whether it did: with the C library glibc, and no accelerator's plug-in for JAX in use.
