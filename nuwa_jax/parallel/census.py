@@ -47,11 +47,23 @@ class Collective:
 
     @property
     def traffic(self) -> int:
-        """Bytes that a step moves by it: the whole array, twice for an all-reduce, every time.
+        """Bytes that each device sends by it in a step: as on a ring, twice for an all-reduce.
 
-        On a ring of g devices each sends (g - 1) / g of it.
+        A gather in phases, each over a smaller group, so counts what one over all of them does:
+        what the parts of the phases grow to is (g - 1) / g of each, and adds up to (n - 1) / n.
         """
-        return self.bytes * PASSES.get(self.kind, 1) * self.times
+        if self.kind == "collective-permute":
+            return self.bytes * self.times
+        return on_ring(self.bytes, self.group) * PASSES.get(self.kind, 1) * self.times
+
+
+def on_ring(size: int, devices: int) -> int:
+    """Of an array of so many bytes, those that each device of a ring sends to gather or add it.
+
+    (g - 1) / g: each part goes round to all but the one that has it. All of it where the group is
+    not known, which the text writes as one of 1.
+    """
+    return size * (devices - 1) // devices if devices > 1 else size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Census:
     cycles: int
 
     def by_kind(self) -> dict[str, dict[str, int]]:
-        """Of every kind, how many there are and how many bytes they move in a step."""
+        """Of every kind, how many there are and how many bytes each device sends by them."""
         table = {kind: {"count": 0, "traffic": 0} for kind in KINDS}
         for collective in self.collectives:
             table[collective.kind]["count"] += collective.times
@@ -78,7 +90,7 @@ class Census:
 
     @property
     def traffic(self) -> int:
-        """Bytes that a step moves by all of them."""
+        """Bytes that each device sends by all of them in a step."""
         return sum(collective.traffic for collective in self.collectives)
 
 
@@ -262,20 +274,21 @@ def fsdp_minimum(
     Axes `frame` and `tensor` exchange activations, which are no part of this.
     """
     compute, add = (np.dtype(dtype).itemsize for dtype in (compute_dtype, reduce_dtype))
-    copies_of_model = sizes["data"] > 1
+    copies_of_model, parts = sizes["data"], sizes["fsdp"]
     gathers = scatters = copies = 0
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         size, split = math.prod(leaf.shape), _is_split(path, leaf, sizes)
         if split:
-            gathers += 2 * size * compute * micro_batches
-            scatters += size * add * micro_batches
-            copies += 2 * size * add // sizes["fsdp"] * copies_of_model
-        elif sizes["data"] * sizes["fsdp"] > 1:
-            copies += 2 * size * add
+            gathers += 2 * on_ring(size * compute, parts) * micro_batches
+            scatters += on_ring(size * add, parts) * micro_batches
+            if copies_of_model > 1:
+                copies += 2 * on_ring(size * add // parts, copies_of_model)
+        elif copies_of_model * parts > 1:
+            copies += 2 * on_ring(size * add, copies_of_model * parts)
     for path, leaf in traverse_util.flatten_dict(frozen, sep="/").items():
         if _is_split(path, leaf, sizes):
             passes = 2 if path.split("/")[0] == PASSED_THROUGH else 1
-            gathers += passes * math.prod(leaf.shape) * compute * micro_batches
+            gathers += passes * on_ring(math.prod(leaf.shape) * compute, parts) * micro_batches
     return Minimum(gathers, scatters, copies)
 
 

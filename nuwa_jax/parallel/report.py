@@ -275,7 +275,10 @@ def _collectives_text(collectives: dict[str, Any]) -> str:
         f"{row['count']} {kind} ({mib(row['traffic'])})"
         for kind, row in collectives["by_kind"].items()
     ]
-    told = f"collectives per step: {', '.join(kinds) or 'none'}; {mib(collectives['traffic'])}"
+    told = (
+        f"collectives, sent per chip and step: {', '.join(kinds) or 'none'}; "
+        f"{mib(collectives['traffic'])}"
+    )
     if collectives["loops_of_unknown_length"]:
         told += (
             f"; in {collectives['loops_of_unknown_length']} loops of unknown length each is "
