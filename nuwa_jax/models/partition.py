@@ -71,6 +71,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def divides_frames_and_heads() -> bool:
+    """Whether the compiler partitions over both of these axes of the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = _automatic(mesh)
+    return all(axis in automatic and mesh.shape[axis] > 1 for axis in (FRAME_AXIS, HEAD_AXIS))
+
+
 def _automatic(mesh: jax.sharding.AbstractMesh) -> set[str]:
     """The axes over which the compiler partitions, rather than an enclosing `shard_map`."""
     return {

@@ -91,6 +91,18 @@ def test_losses_of_the_smallest_model_are_the_same_on_every_mesh(mesh, tmp_path,
     assert_same(run(8, mesh, 20, tmp_path, "small"), alone("small"))
 
 
+def test_gradients_of_convolutions_are_the_same_where_frames_and_heads_are_divided():
+    """XLA's own are as many times too large as there are devices for heads."""
+    program = PROGRAM.with_name("convolutions_run.py")
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 24
+    assert {case: off for case, off in found.items() if not off < 1e-5} == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
