@@ -32,13 +32,16 @@ def of_frames(layer, params, x):
 
 
 def gradients(layer, before, after, params, x):
+    """To the parameters and to the input."""
+
     def loss(params, x):
         x = before(jnp.tanh(x))
         temporal = isinstance(layer, TemporalConv)
         out = layer.apply(params, x) if temporal else of_frames(layer, params, x)
         return jnp.mean(jnp.sin(after(out)) ** 2)
 
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params, x))]
+    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
 
 
 if __name__ == "__main__":

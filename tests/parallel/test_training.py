@@ -92,7 +92,7 @@ def test_losses_of_the_smallest_model_are_the_same_on_every_mesh(mesh, tmp_path,
 
 
 def test_gradients_of_convolutions_are_the_same_where_frames_and_heads_are_divided():
-    """XLA's own are as many times too large as there are devices for heads."""
+    """XLA's own are, where rows are divided, as many times too large as there are devices."""
     program = PROGRAM.with_name("convolutions_run.py")
     done = subprocess.run(
         [sys.executable, program], capture_output=True, text=True, cwd=ROOT, check=False
