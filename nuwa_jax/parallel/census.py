@@ -49,8 +49,8 @@ class Collective:
     def traffic(self) -> int:
         """Bytes that each device sends by it in a step: as on a ring, twice for an all-reduce.
 
-        A gather in phases, each over a smaller group, so counts what one over all of them does:
-        what the parts of the phases grow to is (g - 1) / g of each, and adds up to (n - 1) / n.
+        A gather in phases, along one side of a torus after the other, counts as one over all
+        devices does: as each phase leaves out its first part, they add up to (n - 1) / n.
         """
         if self.kind == "collective-permute":
             return self.bytes * self.times
