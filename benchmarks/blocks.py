@@ -5,8 +5,9 @@
 One clip of `--frames` frames on one chip, bfloat16 with float32 parameters, forward and backward.
 Compiling a whole step takes a quarter of an hour (`nuwa_jax.parallel.aot`), a block 15 seconds:
 what a change of a layer does can be tried here. No TPU is needed, only its compiler (extra `tpu`).
-Times are the compiler's estimates, without what kernels of attention take; arithmetic is its count
-at the chip's peak, with what is computed anew. Not among them: layers between the blocks, drags and
+Times are the compiler's estimates, without what splash attention takes, and with what our own
+kernels say that they read, write and multiply; arithmetic is its count at the chip's peak, with
+what is computed anew. Not among them: layers between the blocks, drags and
 flow, the optimizer, and all that is sent between chips.
 """
 

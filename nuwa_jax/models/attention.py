@@ -21,8 +21,8 @@ from jax.extend import backend
 from jaxtyping import Array, Bool, Float
 
 from nuwa_jax.errors import UserError
-from nuwa_jax.models import splash
-from nuwa_jax.models.partition import each_device, platform
+from nuwa_jax.models import over_time, splash
+from nuwa_jax.models.partition import BATCH_AXES, FRAME_AXIS, HEAD_AXIS, each_device, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
@@ -41,25 +41,32 @@ def dot_product_attention(
     *,
     bias: Float[Array, "#b #heads #lq #lk"] | None = None,
     mask: Bool[Array, "#b #heads #lq #lk"] | None = None,
+    length: int | None = None,
 ) -> Float[Array, "b lq heads d"]:
     """Softmax attention scaled by 1/sqrt(d), with the softmax in float32.
 
     `bias` is added to the scaled scores; where `mask` is False a key is not attended to. A query
-    that may attend to no key attends to all alike.
+    that may attend to no key attends to all alike. `length`, in place of a mask, is how many of the
+    keys may be attended to, where `padding` was added.
 
     Few scores are left to XLA. Of many, the platform for which the program is lowered decides what
     computes them, be it another than that which traces it, unless `implementation` was told.
     """
+    all_keys = length is None or length == key.shape[1]
+    if not all_keys and mask is not None:
+        raise ValueError("attention takes a mask or a length, not both: leave the length out")
     if query.shape[1] * key.shape[1] <= DIRECT_SCORES:
+        mask = mask if all_keys else _first_keys(length, key)
         out = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
         return checkpoint_name(out, OUTPUT)
-    bias, mask = (
-        None if x is None else jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (bias, mask)
-    )
     choice = _implementation.get()
     kernels = {}
     if bias is None and choice in ("auto", "splash") and splash.fits(query, key, mask):
-        kernels["tpu"] = _splash
+        kernels["tpu"] = functools.partial(_splash, length=length)
+    mask = mask if all_keys else _first_keys(length, key)
+    bias, mask = (
+        None if x is None else jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (bias, mask)
+    )
     if bias is None and mask is None and choice in ("auto", "cudnn") and _fits_cudnn(query):
         kernels["cuda"] = _cudnn
     if not kernels:
@@ -72,6 +79,60 @@ def dot_product_attention(
         **kernels,
         default=lambda q, k, v, mask: _chunked(q, k, v, None, mask),
     )
+
+
+def attention_over_time(
+    query: Float[Array, "b t l c"],
+    key: Float[Array, "b t l c"],
+    value: Float[Array, "b t l c"],
+    heads: int,
+) -> Float[Array, "b t l c"]:
+    """Attention over t at every l, as `dot_product_attention`; c holds one head after the other."""
+    if _on_tpu() and over_time.fits(query, heads):
+        return checkpoint_name(kernel_over_time(query, key, value, heads), OUTPUT)
+    q, k, v = (rearrange(x, "b t l (e d) -> (b l) t e d", e=heads) for x in (query, key, value))
+    out = dot_product_attention(q, k, v)
+    return rearrange(out, "(b l) t e d -> b t l (e d)", b=len(query))
+
+
+def kernel_over_time(
+    query: Float[Array, "b t l c"],
+    key: Float[Array, "b t l c"],
+    value: Float[Array, "b t l c"],
+    heads: int,
+    interpret: bool = False,
+) -> Float[Array, "b t l c"]:
+    """`over_time.attention_over_time` on every device for its clips, pixels and heads."""
+    width = query.shape[-1] // heads
+
+    def kernel(q: Array, k: Array, v: Array, mask: None) -> Array:
+        del mask
+        return over_time.attention_over_time(q, k, v, q.shape[-1] // width, interpret)
+
+    b, _, l, _ = query.shape
+    over = ((b, BATCH_AXES), (1, ()), (l, (FRAME_AXIS,)), (heads, (HEAD_AXIS,)))
+    return each_device(kernel, query, key, value, over=over)
+
+
+def padding(x: Float[Array, "b l c"], heads: int) -> int:
+    """Zeros to append to `x` along l, of which queries, keys and values are made.
+
+    A kernel that computes whole blocks would otherwise append them to each of the three, and cut
+    them off the result and the three gradients.
+    """
+    head = jax.ShapeDtypeStruct((*x.shape[:2], heads, x.shape[-1] // heads), x.dtype)
+    if not _on_tpu() or x.shape[1] ** 2 <= DIRECT_SCORES or not splash.fits(head, head, None):
+        return 0
+    return splash.padding(x.shape[1])
+
+
+def _on_tpu() -> bool:
+    """Whether kernels for TPUs may be used, in a program that is traced for one."""
+    return platform() == "tpu" and _implementation.get() in ("auto", "splash")
+
+
+def _first_keys(length: int, key: Array) -> Bool[Array, "1 1 1 lk"]:
+    return (jnp.arange(key.shape[1]) < length)[None, None, None]
 
 
 _implementation = contextvars.ContextVar("implementation", default="auto")
@@ -122,9 +183,11 @@ def _fits_cudnn(query: Array) -> bool:
     )
 
 
-def _splash(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    kernel = functools.partial(splash.splash_attention, name=OUTPUT)
-    return each_device(kernel, q, k, v, mask=mask)
+def _splash(q: Array, k: Array, v: Array, mask: Array | None, *, length: int | None) -> Array:
+    if length is not None:
+        mask = None  # what it says, the length does
+    kernel = functools.partial(splash.splash_attention, name=OUTPUT, length=length)
+    return each_device(kernel, q, k, v, over=samples_and_heads(q), mask=mask)
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -132,7 +195,13 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
     # Its own partitioning cannot be lowered where some axes of the mesh are manual.
-    return checkpoint_name(each_device(kernel, q, k, v, mask=mask), OUTPUT)
+    out = each_device(kernel, q, k, v, over=samples_and_heads(q), mask=mask)
+    return checkpoint_name(out, OUTPUT)
+
+
+def samples_and_heads(q: Array) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """How `[n l heads d]` may be spread: samples may be the frames of several clips."""
+    return (len(q), (*BATCH_AXES, FRAME_AXIS)), (1, ()), (q.shape[2], (HEAD_AXIS,)), (1, ())
 
 
 @jax.custom_vjp

@@ -17,7 +17,11 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from nuwa_jax.models.attention import dot_product_attention
+from nuwa_jax.models.attention import (
+    attention_over_time,
+    dot_product_attention,
+    padding,
+)
 from nuwa_jax.models.products import (
     LECUN,
     ZERO_INIT,
@@ -171,9 +175,8 @@ class Attention(nn.Module):
     """Multi-head attention; q, k, v without bias, output with bias (SVD `CrossAttention`).
 
     Every n / b neighbouring samples share a context: their queries are those of one attention.
-    Videos `[b t l c]` without a context attend over t, at every l. They are turned for the scores
-    alone: t is too small for the tiles of a TPU, on which merging it with l costs a copy wherever
-    it is the axis next to the channels.
+    Videos `[b t l c]` without a context attend over t, at every l: t is too small for the tiles of
+    a TPU, on which merging it with l costs a copy wherever it is the axis next to the channels.
     """
 
     heads: int
@@ -188,14 +191,16 @@ class Attention(nn.Module):
         mask: Bool[Array, "b lk"] | None = None,
     ) -> Float[Array, "n lq c"] | Float[Array, "b t l c"]:
         channels, shape = x.shape[-1], x.shape
+        over_time = x.ndim == 4 and context is None
+        length = None
+        if context is None and mask is None and not over_time:
+            length = x.shape[1]
+            x = jnp.pad(x, ((0, 0), (0, padding(x, self.heads)), (0, 0)))
         context = x if context is None else context
-        over_time = context.ndim == 4
 
         def project(inputs: Array, name: str) -> Array:
             out = Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
-            if over_time:
-                return rearrange(out, "b t l (e d) -> (b l) t e d", e=self.heads)
-            return rearrange(out, "b l (e d) -> b l e d", e=self.heads)
+            return out if over_time else rearrange(out, "b l (e d) -> b l e d", e=self.heads)
 
         b = len(context)
         if not over_time:
@@ -204,16 +209,18 @@ class Attention(nn.Module):
         if k.shape[1] == 1:
             # The softmax of one score is 1: q and k have no effect, and compiled do not exist.
             out = v
+        elif over_time:
+            out = attention_over_time(q, k, v, self.heads)
         else:
             if mask is not None:
                 mask = jnp.repeat(mask, b // len(mask), axis=0)[:, None, None, :]
-            out = dot_product_attention(q, k, v, mask=mask)
-        if over_time:
-            out = rearrange(out, "(b l) t e d -> b t l (e d)", b=b)
-        else:
+            out = dot_product_attention(q, k, v, mask=mask, length=length)
+        if not over_time:
             out = rearrange(out, "b l e d -> b l (e d)")
         init = ZERO_INIT if self.zero else LECUN
         out = Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
+        if length is not None:
+            out, x = out[:, :length], x[:, :length]
         return broadcast(checkpoint_name(out, BRANCH), x.shape).reshape(shape)
 
 

@@ -7,7 +7,7 @@ alone) are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -44,31 +44,38 @@ def by_samples(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
 
 def each_device(
     function: Callable[..., Array],
-    *args: Float[Array, "n l heads d"],
+    *args: Float[Array, "..."],
+    over: Sequence[tuple[int, Sequence[str]]],
     mask: Array | None = None,
-) -> Float[Array, "n l heads d"]:
-    """`function(*args, mask)` of attention's inputs, on every device for its samples and heads.
+) -> Float[Array, "..."]:
+    """`function(*args, mask)` on every device for its part of what `over` says may be divided.
 
-    For what the compiler cannot partition by itself, as a kernel. Samples, which may be frames of
-    several clips, are spread over the batch's axes and that of the frames, as many as divide them;
-    heads over theirs, if it divides them. What does not divide, each device computes whole.
+    For what the compiler cannot partition by itself, as a kernel. What does not divide, each device
+    computes whole.
+
+    Args:
+      function: of arrays of one shape each, and `mask`; its result has that shape, too.
+      *args: the arrays.
+      over: for each of their axes of how many things it consists (samples, heads), and over which
+        axes of the mesh these may be spread; as many as divide them are taken.
+      mask: for each sample, along its first axis; or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = _automatic(mesh)
     if not automatic:
         return function(*args, mask)
-    samples, heads = (len(args[0]), args[0].shape[2])
-    over: list[str] = []
-    for axis in (*BATCH_AXES, FRAME_AXIS):
-        if axis in automatic and samples % mesh.shape[axis] == 0:
-            over.append(axis)
-            samples //= mesh.shape[axis]
-    head = HEAD_AXIS if HEAD_AXIS in automatic and heads % mesh.shape[HEAD_AXIS] == 0 else None
-    spec = PartitionSpec(tuple(over), None, head)
+    spec = []
+    for things, axes in over:
+        taken: list[str] = []
+        for axis in axes:
+            if axis in automatic and things % mesh.shape[axis] == 0:
+                taken.append(axis)
+                things //= mesh.shape[axis]
+        spec.append(tuple(taken) or None)
     return jax.shard_map(
         function,
-        in_specs=(*[spec] * len(args), PartitionSpec(tuple(over))),
-        out_specs=spec,
+        in_specs=(*[PartitionSpec(*spec)] * len(args), PartitionSpec(spec[0])),
+        out_specs=PartitionSpec(*spec),
         axis_names=automatic,
         # A kernel does not say over which axes what it returns varies.
         check_vma=False,

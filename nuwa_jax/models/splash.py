@@ -40,6 +40,7 @@ def splash_attention(
     value: Float[Array, "b lk heads d"],
     mask: Bool[Array, "b 1 1 lk"] | None = None,
     *,
+    length: int | None = None,
     name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b lq heads d"]:
@@ -50,6 +51,7 @@ def splash_attention(
       key: as many as `value`.
       value: what is averaged.
       mask: True where a key may be attended to; where none may, all are, alike.
+      length: without a mask, how many of the keys may be; the rest are of `padding`.
       name: by which a remat policy may keep what the backward pass needs of the kernel's results.
       interpret: run the kernel step by step on any backend, for tests.
     """
@@ -77,19 +79,28 @@ def splash_attention(
             # every block of keys, in their own precision, to be summed afterwards.
             block_q_dq=block_q,
             block_kv_dq=block_k,
+            # Of a head's channels there are half as many as lanes, of queries and keys enough.
+            q_layout=kernel.QKVLayout.SEQ_MINOR,
+            k_layout=kernel.QKVLayout.SEQ_MINOR,
+            v_layout=kernel.QKVLayout.SEQ_MINOR,
         ),
         residual_checkpoint_name=name,
         interpret=interpret,
     )
     segments, axes = None, None
-    if mask is not None or k.shape[2] != lk:
-        real = jnp.ones((lk,), bool) if mask is None else mask
+    if mask is not None or k.shape[2] != (length or lk):
+        real = jnp.arange(lk) < (length or lk) if mask is None else mask
         missing = k.shape[2] - lk
         real = jnp.pad(real, [*[(0, 0)] * (real.ndim - 1), (0, missing)]).astype(jnp.int32)
         segments = kernel.SegmentIds(jnp.ones((q.shape[2],), jnp.int32), real)
         axes = kernel.SegmentIds(None, None if mask is None else 0)
     out = jax.vmap(attend, (0, 0, 0, axes))(q, k, v, segments)
     return jnp.swapaxes(out[:, :, :lq], 1, 2)
+
+
+def padding(length: int) -> int:
+    """Zeros that the kernel adds to so many queries or keys."""
+    return -length % _block(length)
 
 
 def _block(length: int) -> int:

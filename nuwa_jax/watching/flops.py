@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from nuwa_jax.models import over_time
+
 # In the name stack of whatever `jax.checkpoint` computes again in the backward pass.
 RECOMPUTED = "rematted_computation"
 
@@ -150,11 +152,14 @@ def _meetings(
 
 
 def _of_kernel(equation: core.JaxprEqn, times: int, again: bool) -> Iterator[Product]:
-    """Splash attention by its formula, any other Pallas kernel by its body at every grid point."""
+    """Attention by its formula, any other Pallas kernel by its body at every grid point."""
     params = equation.params
     name = str(params.get("name_and_src_info", params.get("name", "")))
     if "splash" in name:
         yield Product("kernel", _splash_flops(equation, name), times, again, equation)
+        return
+    if over_time.NAME in name:
+        yield Product("kernel", _over_time_flops(equation), times, again, equation)
         return
     grid = [size for size in params["grid_mapping"].grid if isinstance(size, int)]
     for inner in products(params["jaxpr"], times * math.prod(grid), again):
@@ -174,6 +179,13 @@ def _splash_flops(equation: core.JaxprEqn, name: str) -> int:
     count = 4 if "_dkv" in name and len(equation.outvars) > 4 else 2
     # Longer than d is wide, as the kernels ask for; the last axis if that is how keys are laid out.
     return count * 2 * math.prod(q) * max(k[-2:])
+
+
+def _over_time_flops(equation: core.JaxprEqn) -> int:
+    """As `_splash_flops`, of `[b t l c]` over t: what falls to other pixels is not counted."""
+    shape = equation.invars[0].aval.shape
+    backward = len(equation.outvars) == 3
+    return (4 if backward else 2) * 2 * math.prod(shape) * shape[1]
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

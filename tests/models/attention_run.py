@@ -1,4 +1,4 @@
-"""Runs or compiles attention by the TPU's kernel where a test's own process cannot.
+"""Runs or compiles attention by the TPU's kernels where a test's own process cannot.
 
 python attention_run.py mesh    on eight virtual CPU devices, step by step: prints the errors
 python attention_run.py tpu     compiles for a TPU that is not there: prints which kernels are used
@@ -18,7 +18,12 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from nuwa_jax.models import attention, remat, splash  # noqa: E402
-from nuwa_jax.models.partition import BATCH_AXES, by_frames, each_device  # noqa: E402
+from nuwa_jax.models.partition import (  # noqa: E402
+    BATCH_AXES,
+    by_frames,
+    by_pixels,
+    each_device,
+)
 from nuwa_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh  # noqa: E402
 
 attention.DIRECT_SCORES = 2000
@@ -26,23 +31,39 @@ splash.BLOCKS, splash.MIN_KEYS = (128,), 16
 
 
 def on_mesh() -> dict:
-    """Largest errors of the output and the gradients, against one device and no kernel."""
-    mesh = make_mesh(MeshConfig(fsdp=2, frame=2, tensor=2, data=1))
+    """Largest errors of outputs and gradients, for their size, against one device and no kernel."""
     rng = np.random.default_rng(0)
-    q, k, v, weight = (rng.normal(size=(2, 2, 19, 4, 8)).astype(np.float32) for _ in range(4))
     kernel = functools.partial(splash.splash_attention, interpret=True)
 
-    def loss(attend, q, k, v, weight):
+    def spatial(*x):
+        return each_device(kernel, *x, over=attention.samples_and_heads(x[0]))
+
+    def over_frames(attend, q, k, v, weight):
         # Clips and their frames are one axis in attention, as in the U-Net.
         flat = (by_frames(x).reshape(-1, *x.shape[2:]) for x in (q, k, v))
         out = attend(*flat).reshape(q.shape)
         return jnp.sum(by_frames(out) * weight)
 
-    def automatic(*args):
-        return loss(lambda *x: each_device(kernel, *x), *args)
+    def over_pixels(attend, q, k, v, weight):
+        out = attend(*(by_pixels(x) for x in (q, k, v)), 2)
+        return jnp.sum((by_pixels(out) * weight).astype(jnp.float32))
 
+    temporal = functools.partial(attention.kernel_over_time, interpret=True)
+    arrays = [rng.normal(size=(2, 2, 19, 4, 8)).astype(np.float32) for _ in range(4)]
+    halves = [rng.normal(size=(2, 3, 22, 128)).astype(jnp.bfloat16) for _ in range(4)]
+    return errors(over_frames, spatial, jax.nn.dot_product_attention, arrays) | {
+        f"{name} over time": error
+        for name, error in errors(
+            over_pixels, temporal, attention.attention_over_time, halves
+        ).items()
+    }
+
+
+def errors(loss, attend, plain, arrays) -> dict:
+    """Of a loss by `attend`, and its gradients to the first three arrays, on a mesh."""
+    mesh = make_mesh(MeshConfig(fsdp=2, frame=2, tensor=2, data=1))
     spec = PartitionSpec(BATCH_AXES)
-    differentiated = jax.value_and_grad(automatic, (0, 1, 2))
+    differentiated = jax.value_and_grad(functools.partial(loss, attend), (0, 1, 2))
 
     # As in a training step: each device's samples are its own, the other axes the compiler's.
     @functools.partial(
@@ -56,16 +77,19 @@ def on_mesh() -> dict:
         value, found = differentiated(*args)
         return jax.lax.psum(value, BATCH_AXES), found
 
-    plain = functools.partial(loss, jax.nn.dot_product_attention)
-    expected = jax.value_and_grad(plain, (0, 1, 2))(q, k, v, weight)
-    errors = {}
+    expected = jax.value_and_grad(functools.partial(loss, plain), (0, 1, 2))(
+        *(x.astype(np.float32) for x in arrays)
+    )
+    worst = {}
     for name, function in (("automatic", differentiated), ("nested", nested)):
         with use_mesh(mesh):
-            placed = jax.device_put((q, k, v, weight), NamedSharding(mesh, spec))
+            placed = jax.device_put(tuple(arrays), NamedSharding(mesh, spec))
             found = jax.jit(function)(*placed)
-        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-        errors[name] = max(float(np.abs(np.asarray(a) - b).max()) for a, b in pairs)
-    return errors
+        worst[name] = max(
+            float(np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max())
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        )
+    return worst
 
 
 def for_tpu() -> dict:
@@ -87,7 +111,7 @@ def for_tpu() -> dict:
         kept = jax.checkpoint(block, policy=remat.policy_of(policy))
 
         def loss(x, kept=kept):
-            return jnp.sum(kept(kept(x)).astype(jnp.float32))
+            return jnp.sum(jnp.square(kept(kept(x)).astype(jnp.float32)))
 
         with use_mesh(mesh), attention.implementation("splash"):
             gradient = jax.grad(loss)
@@ -106,6 +130,23 @@ def for_tpu() -> dict:
             for kernel in ("fwd", "dq", "dkv")
         }
         found[policy]["host"] = compiled.memory_analysis().host_temp_size_in_bytes
+
+    # Over time, of which memory in the core is what may be short.
+    x = jax.ShapeDtypeStruct((2, 32, 40, 320), jnp.bfloat16, sharding=sharding)
+
+    def over_time(x):
+        kept = jax.checkpoint(
+            lambda x: attention.attention_over_time(jnp.sin(x), x, x, 5),
+            policy=remat.policy_of("attention"),
+        )
+        return jnp.sum(jnp.square(kept(kept(x)).astype(jnp.float32)))
+
+    with use_mesh(mesh):
+        text = jax.jit(jax.grad(over_time)).lower(x).compile().as_text()
+    found["over time"] = {
+        way: len(set(re.findall(rf"%([\w.]*attention_over_time_{way}[\w.]*) = ", text)))
+        for way in ("forward", "backward")
+    }
     return found
 
 

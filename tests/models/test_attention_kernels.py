@@ -118,8 +118,10 @@ def run(mode, **environment):
 
 def test_each_device_of_a_mesh_runs_the_kernel_on_its_part():
     errors = run("mesh")
+    halves = {name: errors.pop(name) for name in ("automatic over time", "nested over time")}
     assert errors.keys() == {"automatic", "nested"}
-    assert all(error < 1e-4 for error in errors.values()), errors
+    assert all(error < 1e-5 for error in errors.values()), errors
+    assert all(error < 0.02 for error in halves.values()), halves  # bfloat16
 
 
 @pytest.mark.skipif(
@@ -132,6 +134,7 @@ def test_the_tpu_compiler_takes_the_kernel_under_a_mesh():
     assert found["attention"] == {"fwd": 2, "dq": 2, "dkv": 2, "host": 0}
     assert found["offload"].pop("host") > 0
     assert found["offload"]["fwd"] >= 3
+    assert found["over time"] == {"forward": 2, "backward": 2}
 
 
 def test_kernels_that_take_no_mask_are_not_given_one(monkeypatch):
