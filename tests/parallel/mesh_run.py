@@ -42,8 +42,9 @@ def main(mesh: str, steps: str, workdir: str, model: str, die_after: str = "0") 
     except Died:
         pass
     rows = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(row)["loss"] for row in rows if "loss" in json.loads(row)]
-    print(json.dumps({"losses": losses, "split": split[-1]}))
+    steps = [json.loads(row) for row in rows if "loss" in json.loads(row)]
+    told = {name: [step[name] for step in steps] for name in ("loss", "grad_norm")}
+    print(json.dumps(told | {"split": split[-1]}))
 
 
 def watch_state() -> list[int]:

@@ -23,13 +23,14 @@ def run(devices, mesh, steps, workdir, model, die_after=0):
     assert bool(divided) == (devices > 1), done.stdout
     # Losses would be the same, too, if nothing were split.
     assert (told["split"] > 0) == (mesh.get("fsdp", 1) * mesh.get("tensor", 1) > 1)
-    return np.array(told["losses"])
+    return np.array([told["loss"], told["grad_norm"]])
 
 
 def assert_same(together, alone):
-    assert len(together) == len(alone)
+    """Losses, and norms of gradients: wrong ones of a few small layers may leave losses as good."""
+    assert together.shape == alone.shape
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-    assert np.ptp(alone) > 0.1  # they are of different batches
+    assert (np.ptp(alone, 1) > 0.1).all()  # they are of different batches
 
 
 def test_a_run_may_change_its_mesh_on_the_way(tmp_path):
@@ -37,7 +38,7 @@ def test_a_run_may_change_its_mesh_on_the_way(tmp_path):
     alone = run(1, {}, 6, tmp_path / "alone", "fake")
     assert_same(run(8, {"data": 2, "fsdp": 4}, 6, tmp_path / "together", "fake"), alone)
     before = run(8, {"data": 1, "fsdp": 8}, 6, tmp_path / "moved", "fake", die_after=6)
-    assert 0 < len(before) < 6
+    assert 0 < before.shape[1] < 6
     assert_same(run(4, {"data": 2, "fsdp": 2}, 6, tmp_path / "moved", "fake"), alone)
 
 
