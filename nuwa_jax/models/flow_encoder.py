@@ -17,7 +17,13 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from nuwa_jax.models.attention import dot_product_attention
-from nuwa_jax.models.layers import TemporalConv, conv2d, group_norm, space_to_depth
+from nuwa_jax.models.layers import (
+    TemporalConv,
+    as_stored,
+    conv2d,
+    group_norm,
+    space_to_depth,
+)
 from nuwa_jax.models.products import ZERO_INIT, Dense
 
 FLOW_EPS = 1e-5
@@ -74,7 +80,7 @@ class FlowEncoder(nn.Module):
         def norm(x: Array, name: str) -> Array:
             frames = rearrange(x, "b t h w c -> (b t) h w c")
             groups = {"groups": FLOW_GROUPS, "name": name, "dtype": dtype}
-            frames = nn.silu(group_norm(x.shape[-1], FLOW_EPS, **groups)(frames))
+            frames = nn.silu(group_norm(x.shape[-1], FLOW_EPS, **groups)(as_stored(frames)))
             return rearrange(frames, "(b t) h w c -> b t h w c", b=b)
 
         def temporal(x: Array, name: str) -> Array:

@@ -22,6 +22,7 @@ from nuwa_jax.models.attention import (
     dot_product_attention,
     padding,
 )
+from nuwa_jax.models.partition import platform
 from nuwa_jax.models.products import (
     LECUN,
     ZERO_INIT,
@@ -56,6 +57,16 @@ def add_spread(x: Float[Array, "..."], spread: Float[Array, "..."]) -> Float[Arr
 def broadcast(x: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """`jnp.broadcast_to` by way of float32."""
     return x if x.shape == shape else jnp.broadcast_to(wide(x), shape).astype(x.dtype)
+
+
+def as_stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, of which on a TPU no float32 copy is made where a norm changes how it lies in memory.
+
+    XLA converts what a norm reads, and then copies that into the layout of the norm's other side:
+    twice the bytes, kept for the backward pass. It does so where producer and consumer want
+    different layouts; elsewhere this would only keep the norm from being computed with either.
+    """
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
 
 
 class GroupNorm(nn.Module):

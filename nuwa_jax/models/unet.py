@@ -23,6 +23,7 @@ from nuwa_jax.models.layers import (
     Mlp,
     TemporalConv,
     add_spread,
+    as_stored,
     broadcast,
     conv2d,
     group_norm,
@@ -210,7 +211,7 @@ class VideoTransformer(nn.Module):
         dtype = self.dtype
         x = block_input(x)
         u = rearrange(by_frames(x), "b t h w c -> (b t) (h w) c")
-        u = group_norm(c, TRANSFORMER_EPS, name="norm", dtype=dtype)(u)
+        u = group_norm(c, TRANSFORMER_EPS, name="norm", dtype=dtype)(as_stored(u))
         u = Dense(c, dtype=dtype, name="proj_in")(u)
 
         # Frames of one video are neighbours: they share its context.
