@@ -52,18 +52,31 @@ def dot_product_attention(
     Few scores are left to XLA. Of many, the platform for which the program is lowered decides what
     computes them, be it another than that which traces it, unless `implementation` was told.
     """
-    all_keys = length is None or length == key.shape[1]
-    if not all_keys and mask is not None:
+    if length is None or length == key.shape[1]:
+        return _attention(query, key, value, bias, mask, None)
+    if mask is not None:
         raise ValueError("attention takes a mask or a length, not both: leave the length out")
+    with jax.named_scope(padded_scope("keys", length, key.shape[1])):
+        return _attention(query, key, value, bias, None, length)
+
+
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    length: int | None,
+) -> Array:
     if query.shape[1] * key.shape[1] <= DIRECT_SCORES:
-        mask = mask if all_keys else _first_keys(length, key)
+        mask = mask if length is None else _first_keys(length, key)
         out = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
         return checkpoint_name(out, OUTPUT)
     choice = _implementation.get()
     kernels = {}
     if bias is None and choice in ("auto", "splash") and splash.fits(query, key, mask):
         kernels["tpu"] = functools.partial(_splash, length=length)
-    mask = mask if all_keys else _first_keys(length, key)
+    mask = mask if length is None else _first_keys(length, key)
     bias, mask = (
         None if x is None else jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (bias, mask)
     )
@@ -124,6 +137,14 @@ def padding(x: Float[Array, "b l c"], heads: int) -> int:
     if not _on_tpu() or x.shape[1] ** 2 <= DIRECT_SCORES or not splash.fits(head, head, None):
         return 0
     return splash.padding(x.shape[1])
+
+
+def padded_scope(of: str, length: int, padded: int) -> str:
+    """The `jax.named_scope` by which FLOPs are counted without what padding adds.
+
+    "rows" is for all that is linear in the length, "keys", within, for what grows with its square.
+    """
+    return f"{of}_{length}_of_{padded}"
 
 
 def _on_tpu() -> bool:

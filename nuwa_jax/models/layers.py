@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from nuwa_jax.models.attention import (
     attention_over_time,
     dot_product_attention,
+    padded_scope,
     padding,
 )
 from nuwa_jax.models.partition import platform
@@ -69,8 +70,21 @@ def as_stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
 
 
+def fast_variance(dtype: jnp.dtype) -> bool:
+    """Whether a variance may be the mean square less the square of the mean, in float32.
+
+    Then both are sums over what a product or convolution gives, and made with it: no pass over
+    memory. What float32 loses of the difference is some 2^-24 of the squared mean; having been
+    rounded to bfloat16, the values themselves are off by 2^-18 of it in the mean square.
+    """
+    return dtype == jnp.bfloat16
+
+
 class GroupNorm(nn.Module):
-    """GroupNorm with affine, statistics over every axis but the first, in float32, in two passes.
+    """GroupNorm with affine, statistics over every axis but the first, in float32.
+
+    The variance is that of what is left without the mean, in a second pass; of bfloat16 the mean
+    square less the square of the mean (`fast_variance`).
 
     Written channel-wise: axes before the channels are reduced first and groups are formed of the
     small result. Flax's form splits the channels of the whole activation, which XLA on CPU
@@ -93,9 +107,15 @@ class GroupNorm(nn.Module):
             mean = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
             return mean.reshape(per_channel.shape)
 
+        fast = fast_variance(x.dtype)
         x = x.astype(jnp.float32)
-        centred = x - group_mean(x.mean(axes, keepdims=True))
-        variance = group_mean(jnp.square(centred).mean(axes, keepdims=True))
+        mean = group_mean(x.mean(axes, keepdims=True))
+        centred = x - mean
+        if fast:
+            variance = group_mean(jnp.square(x).mean(axes, keepdims=True)) - jnp.square(mean)
+            variance = jnp.maximum(variance, 0)
+        else:
+            variance = group_mean(jnp.square(centred).mean(axes, keepdims=True))
         out = centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias
         return out.astype(self.dtype)
 
@@ -109,7 +129,8 @@ def group_norm(
 
 def layer_norm(name: str, dtype: jnp.dtype) -> nn.Module:
     """LayerNorm with the eps of the reference (1e-5; Flax's own default is 1e-6)."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+    fast = fast_variance(dtype)
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=fast, dtype=dtype, name=name)
 
 
 def conv2d(
@@ -201,12 +222,19 @@ class Attention(nn.Module):
         context: Float[Array, "b lk c2"] | None = None,
         mask: Bool[Array, "b lk"] | None = None,
     ) -> Float[Array, "n lq c"] | Float[Array, "b t l c"]:
+        if context is None and mask is None and x.ndim == 3:
+            length, missing = x.shape[1], padding(x, self.heads)
+            if missing:
+                with jax.named_scope(padded_scope("rows", length, length + missing)):
+                    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+                    return self._attend(x, None, None, length)[:, :length]
+        return self._attend(x, context, mask, None)
+
+    def _attend(
+        self, x: Array, context: Array | None, mask: Array | None, length: int | None
+    ) -> Array:
         channels, shape = x.shape[-1], x.shape
         over_time = x.ndim == 4 and context is None
-        length = None
-        if context is None and mask is None and not over_time:
-            length = x.shape[1]
-            x = jnp.pad(x, ((0, 0), (0, padding(x, self.heads)), (0, 0)))
         context = x if context is None else context
 
         def project(inputs: Array, name: str) -> Array:
@@ -230,8 +258,6 @@ class Attention(nn.Module):
             out = rearrange(out, "b l e d -> b l (e d)")
         init = ZERO_INIT if self.zero else LECUN
         out = Dense(channels, dtype=self.dtype, kernel_init=init, name="to_out")(out)
-        if length is not None:
-            out, x = out[:, :length], x[:, :length]
         return broadcast(checkpoint_name(out, BRANCH), x.shape).reshape(shape)
 
 

@@ -63,7 +63,13 @@ def splash_attention(
         # All scores of a query of zeros are alike, and no gradient passes to it or to the keys.
         query = jnp.where(some[:, None, None, None], query, 0)
         mask = mask | ~some[:, None]
-    query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    # Of merged heads, and held there: else the gradient is scaled in the kernel's layout, by a pass
+    # over padded heads, before it is turned.
+    merged = query.reshape(*query.shape[:2], -1)
+    merged = jax.lax.optimization_barrier(
+        merged * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    )
+    query = merged.reshape(query.shape)
     q, k, v = (
         jnp.swapaxes(jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))), 1, 2)
         for x, block in ((query, block_q), (key, block_k), (value, block_k))

@@ -128,7 +128,7 @@ class TemporalResBlock(nn.Module):
         h = nn.silu(group_norm(c, RES_EPS, name="norm1", dtype=dtype)(x))
         h = TemporalConv(c, kernel_init=LECUN, dtype=dtype, name="conv1")(h)
         shift = Dense(c, dtype=dtype, name="emb_proj")(nn.silu(emb))
-        h = add_spread(h, shift[:, :, None, None, :])
+        h = add_spread(as_stored(h), shift[:, :, None, None, :])
         h = nn.silu(group_norm(c, RES_EPS, name="norm2", dtype=dtype)(h))
         return x + TemporalConv(c, kernel_init=ZERO_INIT, dtype=dtype, name="conv2")(h)
 

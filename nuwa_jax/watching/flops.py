@@ -13,6 +13,7 @@ custom backward pass of attention makes anew count as model FLOPs, unless it say
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,12 @@ from nuwa_jax.models import over_time
 
 # In the name stack of whatever `jax.checkpoint` computes again in the backward pass.
 RECOMPUTED = "rematted_computation"
+# And of what is computed of rows or keys that a kernel's blocks were filled up with
+# (`nuwa_jax.models.attention.padded_scope`): which, how many are real, of how many.
+PADDED = re.compile(r"(rows|keys)_(\d+)_of_(\d+)")
+
+
+Padded = frozenset[tuple[str, str, str]]
 
 
 class Product(NamedTuple):
@@ -32,7 +39,7 @@ class Product(NamedTuple):
 
     Attributes:
       kind: "dot", "conv" or "kernel".
-      flops: of one execution.
+      flops: of one execution, without what is done on padding.
       times: executions, over loops and over the devices of a `shard_map`.
       recomputed: whether it repeats work of the forward pass (`jax.checkpoint`).
       equation: of the jaxpr.
@@ -59,33 +66,58 @@ def model_flops(fn: Callable[..., Any], *abstract_args: Any) -> int:
     return sum(p.flops * p.times for p in products(jaxpr.jaxpr) if not p.recomputed)
 
 
-def products(jaxpr: core.Jaxpr, times: int = 1, recomputed: bool = False) -> Iterator[Product]:
+def products(
+    jaxpr: core.Jaxpr, times: int = 1, recomputed: bool = False, padded: Padded = frozenset()
+) -> Iterator[Product]:
     """Every product of a jaxpr and of those within it.
 
     Of the branches of a `cond` the costliest counts, of those of `lax.platform_dependent` the
     default: the mathematics, without what a platform's kernel pads or its devices do twice. A
     `shard_map`'s body counts once for every device of its manual axes.
 
+    Args:
+      jaxpr: the program.
+      times: that it runs.
+      recomputed: whether it is part of what is computed again.
+      padded: matches of `PADDED` in the names of what it is part of.
+
     Raises:
       ValueError: a product stands in a `while` loop.
     """
     for equation in jaxpr.eqns:
-        again = recomputed or RECOMPUTED in str(equation.source_info.name_stack)
-        yield from _of_equation(equation, times, again)
+        names = str(equation.source_info.name_stack)
+        again = recomputed or RECOMPUTED in names
+        yield from _of_equation(equation, times, again, padded | set(PADDED.findall(names)))
 
 
-def _of_equation(equation: core.JaxprEqn, times: int, again: bool) -> Iterator[Product]:
+def _of_equation(
+    equation: core.JaxprEqn, times: int, again: bool, padded: Padded
+) -> Iterator[Product]:
     name, params = equation.primitive.name, equation.params
+
+    def product(kind: str, flops: int) -> Product:
+        for _, real, of in padded:
+            flops = flops * int(real) // int(of)
+        return Product(kind, flops, times, again, equation)
+
     if name == "dot_general":
-        yield Product("dot", dot_flops(equation), times, again, equation)
+        yield product("dot", dot_flops(equation))
     elif name == "conv_general_dilated":
-        yield Product("conv", conv_flops(equation), times, again, equation)
+        yield product("conv", conv_flops(equation))
     elif name == "pallas_call":
-        yield from _of_kernel(equation, times, again)
+        kernel = str(params.get("name_and_src_info", params.get("name", "")))
+        if "splash" in kernel:
+            yield product("kernel", _splash_flops(equation, kernel))
+        elif over_time.NAME in kernel:
+            yield product("kernel", _over_time_flops(equation))
+        else:
+            grid = [size for size in params["grid_mapping"].grid if isinstance(size, int)]
+            for inner in products(params["jaxpr"], times * math.prod(grid), again, padded):
+                yield inner._replace(kind="kernel")
     elif name == "scan":
-        yield from products(params["jaxpr"].jaxpr, times * params["length"], again)
+        yield from products(params["jaxpr"].jaxpr, times * params["length"], again, padded)
     elif name == "while":
-        found = [p for part in _inner(params) for p in products(part, times, again)]
+        found = [p for part in _inner(params) for p in products(part, times, again, padded)]
         if found:
             raise ValueError(
                 f"{len(found)} products stand in a while loop, whose length is not known before it "
@@ -95,19 +127,19 @@ def _of_equation(equation: core.JaxprEqn, times: int, again: bool) -> Iterator[P
         bodies, platforms = params["branches"], params.get("branches_platforms") or ()
         if None in platforms:  # the default
             bodies = [bodies[platforms.index(None)]]
-        branches = [list(products(b.jaxpr, times, again)) for b in bodies]
+        branches = [list(products(b.jaxpr, times, again, padded)) for b in bodies]
         yield from max(branches, key=lambda found: sum(p.flops * p.times for p in found))
     elif name == "shard_map":
         mesh, manual = params["mesh"], params["newly_manual_axes"]
         parts = math.prod(size for axis, size in mesh.shape.items() if axis in manual)
-        yield from products(_open(params["jaxpr"]), times * parts, again)
+        yield from products(_open(params["jaxpr"]), times * parts, again, padded)
     elif name in ("custom_jvp_call", "custom_vjp_call"):
         # Their other parameters are rules of differentiation, not what is computed here.
         inner = params["call_jaxpr"] if "call_jaxpr" in params else params["fun_jaxpr"]
-        yield from products(_open(inner), times, again)
+        yield from products(_open(inner), times, again, padded)
     else:
         for inner in _inner(params):
-            yield from products(inner, times, again)
+            yield from products(inner, times, again, padded)
 
 
 def dot_flops(equation: core.JaxprEqn) -> int:
@@ -149,21 +181,6 @@ def _meetings(
     """Pairs of output position and tap, along one dimension, at which the input has a value."""
     at = np.arange(out)[:, None] * stride - low + np.arange(taps) * tap_dilation
     return int(((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)).sum())
-
-
-def _of_kernel(equation: core.JaxprEqn, times: int, again: bool) -> Iterator[Product]:
-    """Attention by its formula, any other Pallas kernel by its body at every grid point."""
-    params = equation.params
-    name = str(params.get("name_and_src_info", params.get("name", "")))
-    if "splash" in name:
-        yield Product("kernel", _splash_flops(equation, name), times, again, equation)
-        return
-    if over_time.NAME in name:
-        yield Product("kernel", _over_time_flops(equation), times, again, equation)
-        return
-    grid = [size for size in params["grid_mapping"].grid if isinstance(size, int)]
-    for inner in products(params["jaxpr"], times * math.prod(grid), again):
-        yield inner._replace(kind="kernel")
 
 
 def _splash_flops(equation: core.JaxprEqn, name: str) -> int:

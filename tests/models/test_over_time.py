@@ -158,6 +158,30 @@ def test_keys_beyond_the_length_are_not_attended_to(lq, monkeypatch):
         attention.dot_product_attention(q, k, v, mask=jnp.ones((1, 1, 1, 50), bool), length=41)
 
 
+def test_padding_is_not_counted_as_arithmetic(monkeypatch):
+    """Forward, backward and computed again; but for the last of attention's chunks, of less."""
+    monkeypatch.setattr(attention, "DIRECT_SCORES", 2000)
+    monkeypatch.setattr(splash, "MIN_KEYS", 16)
+    monkeypatch.setattr(splash, "BLOCKS", (128,))
+    x = jax.ShapeDtypeStruct((2, 70, 128), jnp.bfloat16)
+    layer = layers.Attention(2, dtype=jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def counted():
+        def loss(params, x):
+            return layer.apply(params, x).astype(jnp.float32).sum()
+
+        return model_flops(jax.checkpoint(jax.grad(loss, (0, 1))), params, x)
+
+    plain = counted()
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    assert attention.padding(jnp.zeros(x.shape, x.dtype), 2) == 58
+    jax.clear_caches()
+    padded = str(jax.make_jaxpr(lambda p, x: layer.apply(p, x))(params, x))
+    assert "[2,128,128]" in padded and "[2,70,128]" in padded
+    assert counted() == pytest.approx(plain, rel=1e-3)
+
+
 def test_its_arithmetic_is_that_of_the_formula():
     q = halves(2, 3, 20, 128)
 
