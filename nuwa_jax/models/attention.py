@@ -101,7 +101,7 @@ def attention_over_time(
     heads: int,
 ) -> Float[Array, "b t l c"]:
     """Attention over t at every l, as `dot_product_attention`; c holds one head after the other."""
-    if _on_tpu() and over_time.fits(query, heads):
+    if on_tpu() and over_time.fits(query, heads):
         return checkpoint_name(kernel_over_time(query, key, value, heads), OUTPUT)
     q, k, v = (rearrange(x, "b t l (e d) -> (b l) t e d", e=heads) for x in (query, key, value))
     out = dot_product_attention(q, k, v)
@@ -134,7 +134,7 @@ def padding(x: Float[Array, "b l c"], heads: int) -> int:
     them off the result and the three gradients.
     """
     head = jax.ShapeDtypeStruct((*x.shape[:2], heads, x.shape[-1] // heads), x.dtype)
-    if not _on_tpu() or x.shape[1] ** 2 <= DIRECT_SCORES or not splash.fits(head, head, None):
+    if not on_tpu() or x.shape[1] ** 2 <= DIRECT_SCORES or not splash.fits(head, head, None):
         return 0
     return splash.padding(x.shape[1])
 
@@ -147,8 +147,8 @@ def padded_scope(of: str, length: int, padded: int) -> str:
     return f"{of}_{length}_of_{padded}"
 
 
-def _on_tpu() -> bool:
-    """Whether kernels for TPUs may be used, in a program that is traced for one."""
+def on_tpu() -> bool:
+    """Whether kernels for TPUs may be used: where a program is traced for one, but for "xla"."""
     return platform() == "tpu" and _implementation.get() in ("auto", "splash")
 
 

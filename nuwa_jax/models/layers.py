@@ -17,13 +17,15 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from nuwa_jax.models import fed_forward
 from nuwa_jax.models.attention import (
     attention_over_time,
     dot_product_attention,
+    on_tpu,
     padded_scope,
     padding,
 )
-from nuwa_jax.models.partition import platform
+from nuwa_jax.models.partition import is_divided, platform, undivided
 from nuwa_jax.models.products import (
     LECUN,
     ZERO_INIT,
@@ -307,6 +309,57 @@ class FeedForward(nn.Module):
         value, gate = DenseParts(hidden, 2, dtype=self.dtype, name="proj")(x)
         out = Dense(channels, dtype=self.dtype, name="out")(gated(value, gate))
         return checkpoint_name(out, BRANCH).reshape(shape)
+
+
+class DenseWeights(nn.Module):
+    """The kernel and bias of a dense layer, for what multiplies by them itself."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
+        kernel = self.param("kernel", LECUN, (inputs, self.features))
+        return kernel, self.param("bias", ZERO_INIT, (self.features,))
+
+
+class FeedForwardWeights(nn.Module):
+    """Those of a `FeedForward`: of `[value | gate]`, and back."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, Array, Array, Array]:
+        into = DenseWeights(2 * self.hidden, name="proj")(channels)
+        return *into, *DenseWeights(channels, name="out")(self.hidden)
+
+
+class NormWeights(nn.Module):
+    """Those of a `layer_norm`."""
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        return scale, self.param("bias", nn.initializers.zeros_init(), (channels,))
+
+
+def add_fed_forward(
+    u: Float[Array, "... l c"], norm: str, name: str, multiplier: int, dtype: jnp.dtype
+) -> Float[Array, "... l c"]:
+    """`u + FeedForward(LayerNorm(u))`, of submodules `norm` and `name` of the module that calls."""
+    channels = u.shape[-1]
+    hidden = multiplier * channels
+    if on_tpu() and fed_forward.fits(u, hidden) and not is_divided():
+        scale, bias = NormWeights(name=norm)(channels)
+        kernel, kernel_bias, out_kernel, out_bias = FeedForwardWeights(hidden, name=name)(channels)
+        pixels_last = jnp.swapaxes(u.reshape(-1, *u.shape[-2:]), 1, 2)
+        out = undivided(
+            fed_forward.fed_forward,
+            *(pixels_last, scale, bias, kernel.astype(dtype), kernel_bias),
+            *(out_kernel.astype(dtype), out_bias),
+        )
+        return checkpoint_name(jnp.swapaxes(out, 1, 2).reshape(u.shape), BRANCH)
+    y = layer_norm(norm, dtype)(u)
+    return u + FeedForward(multiplier, dtype, name=name)(y)
 
 
 class AlphaBlender(nn.Module):

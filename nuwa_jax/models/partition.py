@@ -82,6 +82,28 @@ def each_device(
     )(*args, mask)
 
 
+def is_divided() -> bool:
+    """Whether the compiler spreads arrays over several devices, which it cannot do for a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in _automatic(mesh))
+
+
+def undivided(function: Callable[..., Array], *args: Array) -> Array:
+    """`function(*args)` of a kernel, where the mesh in use `is_divided` not."""
+    automatic = _automatic(jax.sharding.get_abstract_mesh())
+    if not automatic:
+        return function(*args)
+    # Their axes are of one device each, but the compiler does not look at that.
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        function,
+        in_specs=(everywhere,) * len(args),
+        out_specs=everywhere,
+        axis_names=automatic,
+        check_vma=False,
+    )(*args)
+
+
 def platform() -> str:
     """Of the mesh in use, which may be of devices that this machine has not, or the machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -19,9 +19,9 @@ from nuwa_jax.models.flow_encoder import FlowFeature, FlowInjection
 from nuwa_jax.models.layers import (
     AlphaBlender,
     Attention,
-    FeedForward,
     Mlp,
     TemporalConv,
+    add_fed_forward,
     add_spread,
     as_stored,
     broadcast,
@@ -173,8 +173,7 @@ class SpatialBlock(nn.Module):
             y = layer_norm("norm2", dtype)(u)
             attention = Attention(self.heads, dtype=dtype, name="cross_attention")
             u = u + attention(y, context, mask)
-        y = layer_norm("norm3", dtype)(u)
-        return u + FeedForward(self.ff_multiplier, dtype, name="feed_forward")(y)
+        return add_fed_forward(u, "norm3", "feed_forward", self.ff_multiplier, dtype)
 
 
 class TemporalBlock(nn.Module):
@@ -192,8 +191,7 @@ class TemporalBlock(nn.Module):
         mask: Bool[Array, "b lc"] | None,
     ) -> Float[Array, "b t l c"]:
         dtype = self.dtype
-        y = layer_norm("norm_in", dtype)(v)
-        v = v + FeedForward(self.ff_multiplier, dtype, name="feed_forward_in")(y)
+        v = add_fed_forward(v, "norm_in", "feed_forward_in", self.ff_multiplier, dtype)
         return SpatialBlock(self.heads, self.ff_multiplier, dtype, name="block")(v, context, mask)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from nuwa_jax.models import over_time
+from nuwa_jax.models import fed_forward, over_time
 
 # In the name stack of whatever `jax.checkpoint` computes again in the backward pass.
 RECOMPUTED = "rematted_computation"
@@ -110,6 +110,11 @@ def _of_equation(
             yield product("kernel", _splash_flops(equation, kernel))
         elif over_time.NAME in kernel:
             yield product("kernel", _over_time_flops(equation))
+        elif fed_forward.NAME in kernel:
+            model, anew = _fed_forward_flops(equation)
+            yield product("kernel", model)
+            if anew:
+                yield product("kernel", anew)._replace(recomputed=True)
         else:
             grid = [size for size in params["grid_mapping"].grid if isinstance(size, int)]
             for inner in products(params["jaxpr"], times * math.prod(grid), again, padded):
@@ -203,6 +208,14 @@ def _over_time_flops(equation: core.JaxprEqn) -> int:
     shape = equation.invars[0].aval.shape
     backward = len(equation.outvars) == 3
     return (4 if backward else 2) * 2 * math.prod(shape) * shape[1]
+
+
+def _fed_forward_flops(equation: core.JaxprEqn) -> tuple[int, int]:
+    """3 products forward, 6 backward; and 2 that the backward pass makes anew."""
+    n, c, l = equation.invars[0].aval.shape
+    hidden = max(v.aval.shape[0] for v in equation.invars if v.aval.shape[1:] == (1,)) // 2
+    each = 2 * n * l * c * hidden
+    return (6 * each, 2 * each) if len(equation.outvars) > 1 else (3 * each, 0)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

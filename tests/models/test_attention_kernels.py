@@ -104,9 +104,9 @@ def test_every_kernel_is_softmax_attention_forward_and_backward(
 
 
 def run(mode, **environment):
-    """What `attention_run.py` prints as JSON."""
+    """What `kernels_run.py` prints as JSON."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "attention_run.py", mode],
+        [sys.executable, Path(__file__).parent / "kernels_run.py", mode],
         capture_output=True,
         text=True,
         timeout=600,
@@ -127,7 +127,7 @@ def test_each_device_of_a_mesh_runs_the_kernel_on_its_part():
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: libtpu"
 )
-def test_the_tpu_compiler_takes_the_kernel_under_a_mesh():
+def test_the_tpu_compiler_takes_the_kernels_under_a_mesh():
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
     found = run("tpu", **quiet)
     # Of two blocks. Where attention is kept, no block computes it twice.
@@ -135,6 +135,7 @@ def test_the_tpu_compiler_takes_the_kernel_under_a_mesh():
     assert found["offload"].pop("host") > 0
     assert found["offload"]["fwd"] >= 3
     assert found["over time"] == {"forward": 2, "backward": 2}
+    assert found["fed forward"] == {"alone": 2, "divided": 0}
 
 
 def test_kernels_that_take_no_mask_are_not_given_one(monkeypatch):

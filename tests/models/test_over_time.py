@@ -1,6 +1,6 @@
 """The kernel of attention over frames: its numbers, which attention it computes, what it is asked.
 
-Here it is run step by step, with NaN where a block reaches beyond an array; `attention_run.py`
+Here it is run step by step, with NaN where a block reaches beyond an array; `kernels_run.py`
 runs it on a mesh, and compiles it for a TPU.
 """
 

@@ -1,7 +1,7 @@
-"""Runs or compiles attention by the TPU's kernels where a test's own process cannot.
+"""Runs or compiles what the TPU's kernels compute where a test's own process cannot.
 
-python attention_run.py mesh    on eight virtual CPU devices, step by step: prints the errors
-python attention_run.py tpu     compiles for a TPU that is not there: prints which kernels are used
+python kernels_run.py mesh    on eight virtual CPU devices, step by step: prints the errors
+python kernels_run.py tpu     compiles for a TPU that is not there: prints which kernels are used
 """
 
 import functools
@@ -147,6 +147,41 @@ def for_tpu() -> dict:
         way: len(set(re.findall(rf"%([\w.]*attention_over_time_{way}[\w.]*) = ", text)))
         for way in ("forward", "backward")
     }
+    return found | {"fed forward": feed_forward_for_tpu(topology)}
+
+
+def feed_forward_for_tpu(topology) -> dict:
+    """Kernels of a block, where chips share no sample, and where they share its heads."""
+    from nuwa_jax.models.unet import SpatialBlock
+
+    net = SpatialBlock(5, 4, jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, 40, 320), jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros(x.shape), None, None))
+    found = {}
+    for name, sizes in (("alone", {"data": 4}), ("divided", {"data": 2, "tensor": 2})):
+        mesh = make_mesh(MeshConfig(**sizes), topology.devices)
+        whole, split = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), (BATCH_AXES,)))
+
+        @functools.partial(
+            jax.shard_map,
+            in_specs=(PartitionSpec(), split.spec),
+            out_specs=PartitionSpec(),
+            axis_names=set(BATCH_AXES),
+            check_vma=False,
+        )
+        def gradient(params, x):
+            def loss(params):
+                return jnp.sum(jnp.square(net.apply(params, x, None, None).astype(jnp.float32)))
+
+            return jax.lax.psum(jax.grad(loss)(params), BATCH_AXES)
+
+        def abstract(a, where):
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+        with use_mesh(mesh):
+            params = jax.tree.map(lambda a, where=whole: abstract(a, where), shapes)
+            text = jax.jit(gradient).lower(params, abstract(x, split)).compile().as_text()
+        found[name] = len(set(re.findall(r"%([\w.]*fed_forward_(?:for|back)ward[\w.]*) = ", text)))
     return found
 
 
