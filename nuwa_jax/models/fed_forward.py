@@ -72,8 +72,9 @@ def fed_forward(
 
 
 def _fed_forward(x: Array, *rest: Array | bool) -> tuple[Array, tuple[Array, Weights]]:
-    *weights, interpret = rest
-    return _call(_forward, [x], weights, [], interpret)[0], (x, tuple(weights))
+    # By the function itself, which unlike a kernel is left out of what is computed anew if nothing
+    # asks for it there.
+    return fed_forward(x, *rest), (x, rest[:-1])
 
 
 def _fed_backward(interpret: bool, kept: tuple[Array, Weights], change: Array) -> tuple[Array, ...]:

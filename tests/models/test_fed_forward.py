@@ -13,6 +13,7 @@ import pytest
 from micro_model import randomize
 
 from nuwa_jax.models import attention, fed_forward, layers, partition, products
+from nuwa_jax.models.remat import rematerialized
 from nuwa_jax.models.unet import SpatialBlock, TemporalBlock
 from nuwa_jax.watching.flops import products as products_of
 
@@ -81,22 +82,22 @@ def test_what_it_does_not_compute_is_left_to_xla(channels, hidden, dtype, fits):
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """Calls of the kernel in what is traced from now on as if for a TPU, run step by step."""
+    """Calls of the kernels in what is traced from now on as if for a TPU, run step by step."""
     calls = []
+    call = fed_forward._call
 
-    def interpreted(*args):
-        calls.append(args[0].shape)
-        return kernel(*args, True)
+    def interpreted(body, arrays, weights, sums, interpret):
+        calls.append((body.__name__, arrays[0].shape))
+        return call(body, arrays, weights, sums, True)
 
     def start():
         for module in (attention, layers, partition, products):
             monkeypatch.setattr(module, "platform", lambda: "tpu")
-        monkeypatch.setattr(fed_forward, "fed_forward", interpreted)
+        monkeypatch.setattr(fed_forward, "_call", interpreted)
         over_time = partial(attention.kernel_over_time, interpret=True)
         monkeypatch.setattr(attention, "kernel_over_time", over_time)
         return calls
 
-    kernel = fed_forward.fed_forward
     return start
 
 
@@ -127,7 +128,8 @@ def test_blocks_give_the_same_with_it_and_without(block, shape, kernels, on_tpu)
     for ours, other in zip(run(), plain, strict=True):
         ours, other = (np.asarray(part, np.float64) for part in (ours, other))
         np.testing.assert_allclose(ours, other, rtol=0, atol=0.03 * np.abs(other).max())
-    assert len(calls) == kernels and {call[1:] for call in calls} == {(64, 20)}
+    assert sorted(name for name, _ in calls) == ["_backward"] * kernels + ["_forward"] * kernels
+    assert {shape[1:] for _, shape in calls} == {(64, 20)}
 
 
 def test_new_parameters_are_the_same_with_it_and_without(on_tpu):
@@ -145,6 +147,20 @@ def test_xla_may_be_asked_for_instead(on_tpu):
         net = SpatialBlock(2, 4, jnp.bfloat16)
         net.init(jax.random.key(0), normal(1, 20, 64, dtype=jnp.bfloat16), None, None)
     assert not calls
+
+
+def test_where_its_result_is_kept_it_is_not_computed_twice(on_tpu):
+    on_tpu()
+    x = normal(2, 20, 64, dtype=jnp.bfloat16)
+    net = rematerialized(SpatialBlock, "branches")(2, 4, jnp.bfloat16)
+    params = jax.eval_shape(net.init, jax.random.key(0), x, None, None)
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(net.apply(params, x, None, None).astype(jnp.float32)))
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params, x))
+    for way in ("forward", "backward"):
+        assert jaxpr.count(f"name=fed_forward_{way}") == 1
 
 
 def test_its_arithmetic_is_that_of_the_products():
