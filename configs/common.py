@@ -93,7 +93,8 @@ def base() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.dtype = "float32"
-    c.model.attention = "auto"  # or "xla", "splash" (TPU), "cudnn" (GPU): models/attention.py
+    # Kernels of the platform; or "xla" (none), "splash" (TPU), "cudnn" (GPU): models/attention.py
+    c.model.attention = "auto"
     c.model.vector = ("fps",)
     c.model.image_concat = True
     c.model.image_mask = True

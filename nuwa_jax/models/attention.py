@@ -1,6 +1,7 @@
 """Attention, the one place where it is computed; many scores are never held all at once.
 
-Large attention is computed by a kernel of the backend where there is one: on TPU splash attention,
+Large attention is computed by a kernel of the backend where there is one: on TPU splash attention
+(and of attention over frames and feed-forward layers `over_time` and `fed_forward`, our own),
 on NVIDIA GPUs that of cuDNN. Elsewhere it is computed for a chunk of queries at a time, and its
 backward pass makes the scores of a chunk anew instead of keeping them. All are forms of
 FlashAttention (arXiv 2205.14135).
@@ -162,6 +163,8 @@ _implementation = contextvars.ContextVar("implementation", default="auto")
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
     """What computes large attention in what is traced within: one of `IMPLEMENTATIONS`.
+
+    With "xla" a TPU's other kernels are not used either (`on_tpu`).
 
     "auto" is the platform's kernel where it computes what is asked and else "xla", chunk by chunk.
     "splash" and "cudnn" are the same, but only on their own platform; no kernel adds a bias,

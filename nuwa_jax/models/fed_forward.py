@@ -20,11 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 LANES, PACKED = 128, 16  # of a register: pixels, and channels in bfloat16
-PIXELS = (512, 384, 256, 128)  # of a step
+PIXELS = 256  # of a step
 HIDDEN = 256  # hidden channels that are in registers at a time
-# Kernels and their gradients in float32 stay in the core throughout, each twice (12 MiB for 320
-# channels); with pixels and hidden channels they take some 20 MiB of the 64 and more that it has.
-MAX_CHANNELS = 512
+# Kernels and their gradients stay in the core throughout: of more channels, or with more pixels, a
+# v4's would not hold them (16 MiB; a v5p's 64, others' 128).
+MAX_CHANNELS = 320
 CORE_BYTES = 48 * 2**20
 EPS = 1e-5  # of the norm, as `nuwa_jax.models.layers.layer_norm` has it
 NAME = "fed_forward"  # of the kernels, by which their arithmetic is counted
@@ -103,8 +103,7 @@ def _call(
     """`body` of so many pixels at a time; `sums` are the shapes of what it adds up over all."""
     n, c, l = arrays[0].shape
     hidden = weights[4].shape[0]
-    pixels = min(PIXELS, key=lambda pixels: (-l % pixels, -pixels))
-    tiles = pl.cdiv(l, pixels)
+    tiles = pl.cdiv(l, PIXELS)
     # Products have hidden channels in their rows, so that pixels stay in the lanes.
     columns = [w.T if w is weights[2] else w if w.ndim == 2 else w[:, None] for w in weights]
     products = 16 if sums else 6
@@ -113,7 +112,7 @@ def _call(
     def whole(shape: tuple[int, int]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda i, j: (0, 0))
 
-    block = pl.BlockSpec((1, c, pixels), lambda i, j: (i, 0, j))
+    block = pl.BlockSpec((1, c, PIXELS), lambda i, j: (i, 0, j))
     return pl.pallas_call(
         functools.partial(body, l),
         grid=(n, tiles),
@@ -129,7 +128,7 @@ def _call(
             vmem_limit_bytes=CORE_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=products * n * tiles * pixels * c * hidden,
+            flops=products * n * tiles * PIXELS * c * hidden,
             transcendentals=(2 if sums else 1) * n * l * hidden,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in moved),
         ),
