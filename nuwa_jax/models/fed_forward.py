@@ -27,7 +27,7 @@ HIDDEN = 256  # hidden channels that are in registers at a time
 MAX_CHANNELS = 320
 CORE_BYTES = 48 * 2**20
 EPS = 1e-5  # of the norm, as `nuwa_jax.models.layers.layer_norm` has it
-NAME = "fed_forward"  # of the kernels, by which their arithmetic is counted
+NAME = "fed_forward"  # of the kernels; nuwa_jax/watching/flops.py counts by it
 
 Weights = tuple[Array, Array, Array, Array, Array, Array]
 

@@ -26,7 +26,7 @@ PACKED = 2 * SUBLANES  # pixels of a tile in bfloat16
 PIXELS = (64, 32, 16)
 STEP_BYTES = 2**19  # of one array
 MAX_FRAMES = 32  # scores of 256 x 256
-NAME = "attention_over_time"  # of the kernels, by which their arithmetic is counted
+NAME = "attention_over_time"  # of the kernels; nuwa_jax/watching/flops.py counts by it
 
 
 def fits(query: Float[Array, "b t l c"], heads: int) -> bool:

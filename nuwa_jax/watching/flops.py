@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from nuwa_jax.models import fed_forward, over_time
-
 # In the name stack of whatever `jax.checkpoint` computes again in the backward pass.
 RECOMPUTED = "rematted_computation"
 # And of what is computed of rows or keys that a kernel's blocks were filled up with
 # (`nuwa_jax.models.attention.padded_scope`): which, how many are real, of how many.
 PADDED = re.compile(r"(rows|keys)_(\d+)_of_(\d+)")
-
+# Kernels that are counted by their formula, by what is in their names (`nuwa_jax.models`).
+SPLASH, OVER_TIME, FED_FORWARD = "splash", "attention_over_time", "fed_forward"
 
 Padded = frozenset[tuple[str, str, str]]
 
@@ -106,11 +105,11 @@ def _of_equation(
         yield product("conv", conv_flops(equation))
     elif name == "pallas_call":
         kernel = str(params.get("name_and_src_info", params.get("name", "")))
-        if "splash" in kernel:
+        if SPLASH in kernel:
             yield product("kernel", _splash_flops(equation, kernel))
-        elif over_time.NAME in kernel:
+        elif OVER_TIME in kernel:
             yield product("kernel", _over_time_flops(equation))
-        elif fed_forward.NAME in kernel:
+        elif FED_FORWARD in kernel:
             model, anew = _fed_forward_flops(equation)
             yield product("kernel", model)
             if anew:
