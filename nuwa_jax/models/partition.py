@@ -93,12 +93,13 @@ def undivided(function: Callable[..., Array], *args: Array) -> Array:
     automatic = _automatic(jax.sharding.get_abstract_mesh())
     if not automatic:
         return function(*args)
-    # Their axes are of one device each, but the compiler does not look at that.
-    everywhere = PartitionSpec()
+    # Their axes are of one device each, but the compiler does not look at that: were the arrays not
+    # called divided, it would add gradients up over them, each device alone with its own.
+    divided = PartitionSpec(tuple(sorted(automatic)))
     return jax.shard_map(
         function,
-        in_specs=(everywhere,) * len(args),
-        out_specs=everywhere,
+        in_specs=(divided,) * len(args),
+        out_specs=divided,
         axis_names=automatic,
         check_vma=False,
     )(*args)

@@ -15,6 +15,7 @@ from micro_model import randomize
 from nuwa_jax.models import attention, fed_forward, layers, partition, products
 from nuwa_jax.models.remat import rematerialized
 from nuwa_jax.models.unet import SpatialBlock, TemporalBlock
+from nuwa_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from nuwa_jax.watching.flops import products as products_of
 
 
@@ -161,6 +162,21 @@ def test_where_its_result_is_kept_it_is_not_computed_twice(on_tpu):
     jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params, x))
     for way in ("forward", "backward"):
         assert jaxpr.count(f"name=fed_forward_{way}") == 1
+
+
+def test_a_device_alone_on_its_axes_adds_nothing_up_over_them(on_tpu):
+    on_tpu()
+    x = normal(1, 20, 64, dtype=jnp.bfloat16)
+    net = SpatialBlock(2, 4, jnp.bfloat16)
+    params = net.init(jax.random.key(0), x, None, None)
+
+    def loss(params, x):
+        return jnp.sum(net.apply(params, x, None, None).astype(jnp.float32))
+
+    with use_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x))
+    assert "fed_forward_backward" in jaxpr and "shard_map" in jaxpr
+    assert "psum" not in jaxpr
 
 
 def test_its_arithmetic_is_that_of_the_products():
