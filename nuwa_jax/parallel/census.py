@@ -34,7 +34,7 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       bytes: of the whole array, once: what is gathered together, or what each device had to add.
-      group: devices that take part together.
+      group: devices that take part together; 0: not known.
       times: how often a step runs it.
       source: the operation of the traced program that it comes from.
     """
@@ -61,9 +61,9 @@ def on_ring(size: int, devices: int) -> int:
     """Of an array of so many bytes, those that each device of a ring sends to gather or add it.
 
     (g - 1) / g: each part goes round to all but the one that has it. All of it where the group is
-    not known, which the text writes as one of 1.
+    not known (0).
     """
-    return size * (devices - 1) // devices if devices > 1 else size
+    return size * (devices - 1) // devices if devices else size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _collective(operation: re.Match[str], line: str) -> Collective:
         # Its result repeats the operands before what is made of them, and has scalars of its own.
         arrays = [size for size in sizes if size > 4]
         sizes = arrays[len(arrays) // 2 :]
-    size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+    size = sum(sizes) * (max(group, 1) if kind == "reduce-scatter" else 1)
     source = re.search(r'op_name="([^"]*)"', line)
     return Collective(kind, size, group, 1, source[1] if source else "")
 
@@ -211,7 +211,7 @@ def _array_bytes(shape: str) -> Iterator[int]:
 
 
 def _group_size(line: str) -> int:
-    """From any of the three ways in which HLO writes groups of devices."""
+    """From any of the three ways in which HLO writes groups of devices; 0 where it names none."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed is not None:
         return listed[1].count(",") + 1
@@ -222,7 +222,7 @@ def _group_size(line: str) -> int:
     if mesh is not None:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
-    return 1
+    return 0
 
 
 class Minimum(NamedTuple):

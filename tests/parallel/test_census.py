@@ -31,7 +31,19 @@ def test_phases_count_as_one_exchange_over_all():
     phases = [Collective(kind, size, group, 3, "") for kind, size, group in kinds]
     together = Collective("all-gather", 2**14, 64, 3, "")
     assert sum(phase.traffic for phase in phases) == together.traffic == 3 * 2**14 * 63 // 64
-    assert on_ring(100, 1) == 100  # the group is not known: no less than all
+    assert on_ring(100, 0) == 100  # the group is not known: no less than all
+    assert on_ring(100, 1) == 0
+
+
+@pytest.mark.parametrize(("groups", "sent"), [("{{0},{1}}", 0), ("{{0,1}}", 32), ("{}", 64)])
+def test_a_device_that_adds_with_itself_sends_nothing(groups, sent):
+    text = f"""
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %sum = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+"""
+    assert read_hlo(text).traffic == sent
 
 
 def test_what_stands_in_a_loop_counts_as_often_as_it_runs():
