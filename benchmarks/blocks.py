@@ -7,8 +7,8 @@ Compiling a whole step takes a quarter of an hour (`nuwa_jax.parallel.aot`), a b
 what a change of a layer does can be tried here. No TPU is needed, only its compiler (extra `tpu`).
 Times are the compiler's estimates, without what splash attention takes, and with what our own
 kernels say that they read, write and multiply; arithmetic is its count at the chip's peak, with
-what is computed anew. Not among them: layers between the blocks, drags and
-flow, the optimizer, and all that is sent between chips.
+what is computed anew. Not among them: layers between the blocks, drags and flow, the optimizer, and
+all that is sent between chips.
 """
 
 from __future__ import annotations

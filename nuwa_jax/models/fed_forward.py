@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-LANES, PACKED = 128, 16  # of a register: pixels, and channels in bfloat16
+from nuwa_jax.models.tpu import LANES, PACKED, dot, normal_cdf
+
 PIXELS = 256  # of a step
 HIDDEN = 256  # hidden channels that are in registers at a time
 # Kernels and their gradients stay in the core throughout: of more channels, or with more pixels, a
@@ -154,9 +155,9 @@ def _forward(
     y = (normed * scale[...] + bias[...]).astype(x.dtype)
 
     def add(rows: tuple[pl.Slice, pl.Slice], total: Array) -> Array:
-        value, gate = (_dot(kernel[part], y, (1, 0)) + kernel_bias[part] for part in rows)
-        hidden = (value * gate * _normal_cdf(gate)).astype(y.dtype)
-        return total + _dot(out_kernel[rows[0]], hidden, (0, 0))
+        value, gate = (dot(kernel[part], y, (1, 0)) + kernel_bias[part] for part in rows)
+        hidden = (value * gate * normal_cdf(gate)).astype(y.dtype)
+        return total + dot(out_kernel[rows[0]], hidden, (0, 0))
 
     out[0] = _over_hidden(out_kernel.shape[0], add, wide + out_bias[...]).astype(out.dtype)
 
@@ -197,18 +198,18 @@ def _backward(
     y_turned, d_turned = y.T, d.T
 
     def add(rows: tuple[pl.Slice, pl.Slice], total: Array) -> Array:
-        value, gate = (_dot(kernel[part], y, (1, 0)) + kernel_bias[part] for part in rows)
-        by_hidden = _dot(out_kernel[rows[0]], d, (1, 0))
-        cdf = _normal_cdf(gate)
+        value, gate = (dot(kernel[part], y, (1, 0)) + kernel_bias[part] for part in rows)
+        by_hidden = dot(out_kernel[rows[0]], d, (1, 0))
+        cdf = normal_cdf(gate)
         gelu = gate * cdf
-        by_out_kernel[rows[0]] += _dot((value * gelu).astype(dtype), d_turned, (1, 0))
+        by_out_kernel[rows[0]] += dot((value * gelu).astype(dtype), d_turned, (1, 0))
         density = jnp.exp(-0.5 * gate**2) * (2 * jnp.pi) ** -0.5
         both = (by_hidden * gelu, by_hidden * value * (cdf + gate * density))
         for part, by in zip(rows, both, strict=True):
             by_kernel_bias[part] += _by_lane(by)
             by = by.astype(dtype)
-            by_kernel[part] += _dot(by, y_turned, (1, 0))
-            total += _dot(kernel[part], by, (0, 0))
+            by_kernel[part] += dot(by, y_turned, (1, 0))
+            total += dot(kernel[part], by, (0, 0))
         return total
 
     by_y = _over_hidden(out_kernel.shape[0], add, jnp.zeros(wide.shape, jnp.float32))
@@ -243,12 +244,3 @@ def _over_hidden(hidden: int, add: Callable[..., Array], total: Array) -> Array:
 def _by_lane(x: Float[Array, "c p"]) -> Float[Array, "c lanes"]:
     """Sums of the columns that lie in the same lane."""
     return sum(x[:, first : first + LANES] for first in range(0, x.shape[1], LANES))
-
-
-def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    contract = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)

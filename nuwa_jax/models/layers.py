@@ -35,6 +35,7 @@ from nuwa_jax.models.products import (
     as_matrix,
     wide,
 )
+from nuwa_jax.models.tpu import normal_cdf
 
 # What attention and feed-forward layers add, by the name by which a remat policy may keep it.
 BRANCH = "branch"
@@ -132,7 +133,7 @@ def group_norm(
 def layer_norm(name: str, dtype: jnp.dtype) -> nn.Module:
     """LayerNorm with the eps of the reference (1e-5; Flax's own default is 1e-6)."""
     fast = fast_variance(dtype)
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=fast, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=fed_forward.EPS, use_fast_variance=fast, dtype=dtype, name=name)
 
 
 def conv2d(
@@ -270,7 +271,7 @@ def gated(value: Float[Array, "*n"], gate: Float[Array, "*n"]) -> Float[Array, "
     Its backward pass takes the two arguments as they are, and nothing else: float32 parts of the
     GELU, of the forward pass or shared with it, would be the largest arrays of a block.
     """
-    return (wide(value) * wide(gate) * _normal_cdf(wide(gate))).astype(value.dtype)
+    return (wide(value) * wide(gate) * normal_cdf(wide(gate))).astype(value.dtype)
 
 
 def _gated_forward(value: Array, gate: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -281,14 +282,10 @@ def _gated_backward(kept: tuple[Array, Array], change: Array) -> tuple[Array, Ar
     # Else XLA finds the same float32 parts in a forward pass made anew, and keeps those.
     kept = jax.lax.optimization_barrier(kept)
     value, gate, change = (wide(x) for x in (*kept, change))
-    cdf = _normal_cdf(gate)
+    cdf = normal_cdf(gate)
     density = jnp.exp(-0.5 * gate**2) / (2 * jnp.pi) ** 0.5
     by_value, by_gate = change * gate * cdf, change * value * (cdf + gate * density)
     return by_value.astype(kept[0].dtype), by_gate.astype(kept[1].dtype)
-
-
-def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 gated.defvjp(_gated_forward, _gated_backward)

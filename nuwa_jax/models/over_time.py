@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-LANES, SUBLANES = 128, 8  # of a register: float32 channels and pixels
-PACKED = 2 * SUBLANES  # pixels of a tile in bfloat16
+from nuwa_jax.models.tpu import LANES, PACKED, SUBLANES, dot
+
 # Pixels of a step: as many as leave room for the seven arrays of the backward pass, each held
 # twice, and for scores, in the 16 MiB that a v4 has in its core.
 PIXELS = (64, 32, 16)
@@ -146,7 +146,7 @@ def _forward(q: Array, k: Array, v: Array, same_pixel: Array, width: int) -> lis
     for of_head in _heads(q.shape[-1], width):
         weights, total = _weights(of_head(q), k, same_pixel, width)
         weights = weights.astype(jnp.bfloat16)
-        out += _dot(weights, of_head(v).astype(jnp.bfloat16), (1, 0)) / total
+        out += dot(weights, of_head(v).astype(jnp.bfloat16), (1, 0)) / total
     return [out]
 
 
@@ -160,12 +160,12 @@ def _backward(
         weights, total = _weights(of_head(q), k16, same_pixel, width)
         weights = weights / total
         own = of_head(change).astype(jnp.bfloat16)
-        to_weights = _dot(own, v16, (1, 1))
+        to_weights = dot(own, v16, (1, 1))
         common = jnp.sum(weights * to_weights, -1, keepdims=True)
         to_scores = (weights * (to_weights - common) * scale).astype(jnp.bfloat16)
-        to_q += _dot(to_scores, of_head(k).astype(jnp.bfloat16), (1, 0))
-        to_k += _dot(to_scores, of_head(q).astype(jnp.bfloat16), (0, 0))
-        to_v += _dot(weights.astype(jnp.bfloat16), own, (0, 0))
+        to_q += dot(to_scores, of_head(k).astype(jnp.bfloat16), (1, 0))
+        to_k += dot(to_scores, of_head(q).astype(jnp.bfloat16), (0, 0))
+        to_v += dot(weights.astype(jnp.bfloat16), own, (0, 0))
     return [to_q, to_k, to_v]
 
 
@@ -180,15 +180,10 @@ def _heads(channels: int, width: int) -> list[Callable[[Array], Array]]:
 
 def _weights(q: Array, k: Array, same_pixel: Array, width: int) -> tuple[Array, Array]:
     """The softmax's numerators `[q k]`, and their sums `[q 1]`."""
-    scores = _dot((q / math.sqrt(width)).astype(jnp.bfloat16), k, (1, 1))
+    scores = dot((q / math.sqrt(width)).astype(jnp.bfloat16), k, (1, 1))
     scores = jnp.where(same_pixel, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return weights, weights.sum(-1, keepdims=True)
-
-
-def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    contract = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> Array:
